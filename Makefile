@@ -1,0 +1,29 @@
+# make quickstart   install into .venv and run the main job (README.md)
+# make test         install and run the tests;  make test-slow: the long ones;  make lint: ruff
+PYTHON ?= python3.11
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: install quickstart overnight test test-slow lint
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report,dev]'
+	touch $@
+
+quickstart: install
+	$(RUN) -m experiments.quickstart --config=configs/quickstart.py --workdir=runs/quickstart
+
+overnight: install
+	$(RUN) -m experiments.quickstart --config=configs/overnight.py --workdir=runs/overnight
+
+test: install
+	$(RUN) -m pytest
+
+test-slow: install
+	$(RUN) -m pytest -m slow
+
+lint: install
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
