@@ -30,6 +30,9 @@ COLORS = {
 SHAPES = ("cube", "cylinder", "ball")
 ZONES = ("plate", "bowl")
 RELATIONS = ("left of", "right of", "in front of", "behind")  # seen from the robot: +y, -y, -x (towards the robot), +x
+RELATION_VECTORS = ((0.0, 1.0), (0.0, -1.0), (-1.0, 0.0), (1.0, 0.0))  # unit vectors (x, y) of RELATIONS
+PUSH_DISTANCE = 0.08  # how far "push ... to the left" moves the target along its relation (metres)
+RELATIVE_DISTANCE = 0.09  # from the reference object to the spot that "put ... left of ..." asks for (metres)
 
 # Backgrounds (table colours): the first NUM_TRAIN_BACKGROUNDS occur in demonstrations, the rest only in tests.
 NUM_TRAIN_BACKGROUNDS = 8
@@ -51,7 +54,7 @@ class Scene:
     color: Int[Array, "*B N"]  # index into COLORS
     shape: Int[Array, "*B N"]  # index into SHAPES
     present: Bool[Array, "*B N"]
-    movable: Bool[Array, "*B N"]  # fixtures are drawn dark and are never asked for
+    movable: Bool[Array, "*B N"]  # a visual mark only: fixtures (False) are drawn darker
     position: Float[Array, "*B N 2"]  # metres, on the table
     yaw: Float[Array, "*B N"]  # radians
     zone_present: Bool[Array, "*B Z"]  # slot z holds ZONES[z]
