@@ -1,0 +1,268 @@
+"""From disk to batches: Grain picks steps in a shuffled order, this module turns a list of steps into one batch.
+
+The stream is a function of (dataset, seed, batch size, split) alone. Neither the number of threads, worker processes or
+training processes, nor a resumption changes it: the position is the number of batches taken, and process p of P takes
+rows p, p + P, ... of every global batch.
+
+Axis legend: B batch, H height, W width, S state width, L tokens, C chunk length, A action width.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import threading
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+from jaxtyping import Bool, Int
+
+from vla_jax.data import tokenizer as tokenizers
+from vla_jax.data.contract import Contract
+from vla_jax.data.rlds import RldsDataset, StoredEpisode, decode_jpeg, open_rlds
+from vla_jax.errors import UserError
+
+SPLITS = ("train", "held_out")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which data, in what batches.
+
+    Attributes:
+        directory: an RLDS dataset, the path that `experiments.collect` prints.
+        batch_size: samples a training step, over all processes.
+        chunk: C, actions a sample.
+        seed: of the order.
+        split: "train" or "held_out"; whole episodes belong to one of the two.
+        held_out_fraction: share of episodes kept out of training, chosen by a hash of their number.
+        threads: reading threads a process.
+        workers: reading processes; 0 reads in threads of the training process, which is faster on few cores.
+        prefetch: batches read ahead.
+        cache_mb: memory for episodes that were read before, in MiB, in each reading process.
+    """
+
+    directory: str = ""
+    batch_size: int = 64
+    chunk: int = 8
+    seed: int = 0
+    split: str = "train"
+    held_out_fraction: float = 0.02
+    threads: int = 2
+    workers: int = 0
+    prefetch: int = 4
+    cache_mb: int = 512
+
+    def __post_init__(self):
+        for name in ("batch_size", "chunk", "threads", "prefetch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"data.{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("seed", "workers", "cache_mb"):
+            if getattr(self, name) < 0:
+                raise UserError(f"data.{name} is {getattr(self, name)}: it must not be negative")
+        if not 0 <= self.held_out_fraction < 1:
+            raise UserError(f"data.held_out_fraction is {self.held_out_fraction}: it must be at least 0 and below 1")
+        if self.split not in SPLITS:
+            raise UserError(f"data.split is {self.split!r}: choose one of {', '.join(SPLITS)}")
+
+
+def held_out_episodes(name: str, count: int, fraction: float) -> Bool[np.ndarray, "E"]:
+    """Which of the first `count` episodes of dataset `name` are held out; episodes added later change nothing here."""
+
+    def place(index):
+        return int.from_bytes(hashlib.sha256(f"{name}/{index}".encode()).digest()[:8], "big") / 2**64
+
+    return np.array([place(index) < fraction for index in range(count)], bool)
+
+
+class EpisodeCache:
+    """Episodes read before, least recently used first out, bounded by their bytes. Safe to use from several threads."""
+
+    def __init__(self, dataset: RldsDataset, max_bytes: int):
+        self._dataset = dataset
+        self._max_bytes = max_bytes
+        self._episodes: collections.OrderedDict[int, StoredEpisode] = collections.OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def __getitem__(self, index: int) -> StoredEpisode:
+        with self._lock:
+            if index in self._episodes:
+                self._episodes.move_to_end(index)
+                return self._episodes[index]
+        episode = self._dataset.read(index)  # without the lock: other threads go on meanwhile
+        with self._lock:
+            if index not in self._episodes:
+                self._episodes[index] = episode
+                self._bytes += episode.nbytes
+            while self._bytes > self._max_bytes:
+                self._bytes -= self._episodes.popitem(last=False)[1].nbytes
+        return episode
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self._bytes
+
+
+class BatchReader:
+    """Turns step numbers into a batch. Step numbers count the steps of the chosen episodes in order."""
+
+    def __init__(self, dataset: RldsDataset, contract: Contract, config: DataConfig):
+        held_out = held_out_episodes(dataset.name, len(dataset), config.held_out_fraction)
+        self.episodes = np.flatnonzero(held_out if config.split == "held_out" else ~held_out)
+        if len(self.episodes) == 0:
+            raise UserError(
+                f"none of the {len(dataset)} episodes of {dataset.directory} is in the split {config.split!r}: "
+                "change data.held_out_fraction or collect more"
+            )
+        self._ends = np.cumsum(dataset.lengths[self.episodes])
+        self._dataset = dataset
+        self._contract = contract
+        self._chunk = config.chunk
+        self._max_bytes = config.cache_mb * 2**20
+        self._start()
+
+    def _start(self):
+        self._cache = EpisodeCache(self._dataset, self._max_bytes)
+        self._tokenizer = tokenizers.from_json(self._contract.tokenizer)
+        self._tokens: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def __getstate__(self):
+        transient = ("_cache", "_tokenizer", "_tokens")
+        return {name: value for name, value in self.__dict__.items() if name not in transient}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._start()
+
+    def __len__(self) -> int:
+        """Number of steps."""
+        return int(self._ends[-1])
+
+    def __call__(self, steps: Int[np.ndarray, "B"]) -> dict[str, Any]:
+        """Reads one batch; the module's brief and `make_loader` tell its shapes."""
+        contract, size = self._contract, len(steps)
+        batch = {
+            "images": {view: np.empty((size, *shape, 3), np.uint8) for view, shape in contract.images.items()},
+            "state": np.empty((size, len(contract.state_names)), np.float32),
+            "tokens": np.empty((size, contract.max_tokens), np.int32),
+            "token_mask": np.empty((size, contract.max_tokens), bool),
+            "actions": np.empty((size, self._chunk, len(contract.action_names)), np.float32),
+            "action_mask": np.empty((size, self._chunk), bool),
+            "episode": np.empty(size, np.int32),
+            "step": np.empty(size, np.int32),
+        }
+        for row, number in enumerate(steps):
+            position = int(np.searchsorted(self._ends, number, side="right"))
+            episode_id = int(self.episodes[position])
+            step = int(number - (self._ends[position - 1] if position else 0))
+            episode = self._cache[episode_id]
+            for view, pictures in batch["images"].items():
+                pictures[row] = decode_jpeg(episode.images[view][step])
+            batch["state"][row] = episode.state[step]
+            batch["tokens"][row], batch["token_mask"][row] = self._encode(episode.instruction)
+            batch["actions"][row], batch["action_mask"][row] = action_chunk(episode.actions, step, self._chunk)
+            batch["episode"][row], batch["step"][row] = episode_id, step
+        return batch
+
+    def _encode(self, instruction):
+        if instruction not in self._tokens:
+            prompt = self._contract.prompt(instruction)
+            tokens, mask = tokenizers.encode(self._tokenizer, [prompt], self._contract.max_tokens)
+            self._tokens[instruction] = tokens[0], mask[0]
+        return self._tokens[instruction]
+
+
+def action_chunk(actions, step: int, chunk: int):
+    """The `chunk` actions from `step` on, and which of them exist; past the end the last action is repeated."""
+    index = np.arange(step, step + chunk)
+    last = len(actions) - 1
+    return actions[np.minimum(index, last)], index <= last
+
+
+class Loader(grain.DatasetIterator):
+    """An endless stream of batches whose position can be saved and restored, also by Orbax.
+
+    The position does not depend on threads, workers or the number of processes: all of them may change on resumption.
+    """
+
+    def __init__(self, batches: grain.MapDataset, config: DataConfig, stream: dict[str, Any]):
+        super().__init__()
+        self._batches = batches
+        self._config = config
+        self._stream = stream
+        self._taken = 0
+        self._iterator: grain.DatasetIterator | None = None
+
+    def __next__(self) -> dict[str, Any]:
+        if self._iterator is None:
+            self._iterator = self._start()
+        batch = next(self._iterator)
+        self._taken += 1
+        return batch
+
+    def _start(self):
+        options = grain.ReadOptions(num_threads=self._config.threads, prefetch_buffer_size=self._config.prefetch)
+        stream = self._batches[self._taken :].to_iter_dataset(options)
+        if self._config.workers:
+            if not flags.FLAGS.is_parsed():  # Grain's workers inherit absl's flags and refuse unparsed ones
+                flags.FLAGS.mark_as_parsed()
+            stream = stream.mp_prefetch(
+                grain.MultiprocessingOptions(self._config.workers, per_worker_buffer_size=self._config.prefetch)
+            )
+        return iter(stream)
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, as a JSON-able dictionary."""
+        return {"batches": self._taken, "stream": dict(self._stream)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a position of `get_state`. Raises UserError if it belongs to another stream."""
+        theirs = state["stream"]
+        differing = [
+            f"{name} was {theirs.get(name)}, is {value}"
+            for name, value in self._stream.items()
+            if theirs.get(name) != value
+        ]
+        if differing:
+            raise UserError(f"cannot resume the data at the saved position: {'; '.join(differing)}")
+        self.close()
+        self._closed = False
+        self._taken = int(state["batches"])
+
+    def close(self) -> None:
+        """Stops reading ahead."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+        super().close()
+
+
+def make_loader(config: DataConfig, contract: Contract, process_index: int = 0, process_count: int = 1) -> Loader:
+    """Batches of this process, shuffled anew every epoch, without end.
+
+    A batch is a dictionary of NumPy arrays, B = batch_size / process_count:
+        images: {view: uint8[B, H, W, 3]}, RGB
+        state: float32[B, S], SI units
+        tokens: int32[B, L]; token_mask: bool[B, L], True on tokens, which are left-aligned
+        actions: float32[B, C, A], SI units; action_mask: bool[B, C], False past the episode's end
+        episode, step: int32[B], where the sample comes from
+
+    Raises:
+        UserError: no such dataset, it does not fit the contract, the split is empty, or a batch cannot be divided.
+    """
+    if not config.directory:
+        raise UserError("data.directory is not set: give the path that python -m experiments.collect printed")
+    if config.batch_size % process_count:
+        raise UserError(f"data.batch_size {config.batch_size} cannot be divided among {process_count} processes")
+    dataset = open_rlds(config.directory)
+    contract.check_interface(dataset.interface, f"the dataset at {config.directory}")
+    reader = BatchReader(dataset, contract, config)
+    steps = grain.MapDataset.range(len(reader)).seed(config.seed).shuffle().repeat()
+    batches = steps.batch(config.batch_size, batch_fn=np.array).map(
+        lambda rows: reader(rows[process_index::process_count])
+    )
+    stream = {name: getattr(config, name) for name in ("batch_size", "seed", "split", "held_out_fraction")}
+    return Loader(batches, config, {"dataset": dataset.fingerprint, **stream})

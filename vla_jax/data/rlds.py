@@ -1,0 +1,388 @@
+"""RLDS datasets, written and read without TensorFlow.
+
+One record is one episode in the layout of RLDS (Ramos et al., arXiv 2111.02767) as the Open X-Embodiment collection
+uses it: nested `steps` with observation, action, reward, discount, is_first, is_last, is_terminal and
+language_instruction, and `episode_metadata`. Records lie in ArrayRecord shards, images as JPEG.
+`tfds.builder_from_directory` opens the result; the dataset's `metadata.json` also holds its Interface and facts such as
+the true H(instruction | image).
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from jaxtyping import Float, UInt8
+from tensorflow_datasets.core.dataset_info import DatasetIdentity
+from tensorflow_datasets.proto import tf_example_pb2
+
+import vla_jax
+from vla_jax.data.interface import Interface, interface_from_json
+from vla_jax.errors import UserError
+
+VERSION = "1.0.0"
+JPEG_QUALITY = 95
+SPLIT = "train"
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """One demonstration of T steps: what was seen, and what was done about it.
+
+    Attributes:
+        images: RGB pictures of each view, one a step.
+        state: proprioception, in the units of the Interface.
+        actions: the action taken in each step, in the units of the Interface.
+        instruction: what was asked for.
+        success: whether the last step reached it.
+        metadata: facts about this episode (int, float, bool or str); all episodes of a dataset have the same keys.
+    """
+
+    images: Mapping[str, UInt8[np.ndarray, "T H W 3"]]
+    state: Float[np.ndarray, "T S"]
+    actions: Float[np.ndarray, "T A"]
+    instruction: str
+    success: bool
+    metadata: Mapping[str, int | float | bool | str]
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredEpisode:
+    """An episode as read back: like Episode, with the pictures still JPEG, one `bytes` a step and view."""
+
+    images: dict[str, list[bytes]]
+    state: Float[np.ndarray, "T S"]
+    actions: Float[np.ndarray, "T A"]
+    instruction: str
+    metadata: dict[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held by the pictures and arrays, in bytes."""
+        pictures = sum(len(jpeg) for column in self.images.values() for jpeg in column)
+        return pictures + self.state.nbytes + self.actions.nbytes
+
+
+def dataset_path(directory: str | Path, name: str) -> Path:
+    """Where `write_rlds` puts the dataset `name` of `directory`."""
+    return Path(directory) / name / VERSION
+
+
+def write_rlds(
+    directory: str | Path,
+    name: str,
+    episodes: Iterable[Episode],
+    interface: Interface,
+    facts: Mapping[str, Any],
+    *,
+    episodes_per_shard: int = 256,
+) -> Path:
+    """Writes episodes, one at a time, as the RLDS dataset `directory/name/1.0.0`, and returns that path.
+
+    The dataset appears under its name only when it is complete; until then it lies in `1.0.0.incomplete` beside it,
+    which an exception removes and the next call replaces.
+
+    Args:
+        directory: parent of all datasets of a collection.
+        name: the dataset's name, a Python identifier in lower case.
+        episodes: consumed once; nothing of an episode is kept after it is written.
+        interface: names, units and sizes of the arrays; every episode must fit it.
+        facts: JSON-able facts about the dataset as a whole (task, coupling, rho, entropy, ...).
+        episodes_per_shard: records a file.
+
+    Raises:
+        UserError: the dataset exists, an episode is faulty, there is none, or the disk is full.
+    """
+    target = dataset_path(directory, name)
+    refuse_existing(target)
+    draft = target.with_name(f"{VERSION}.incomplete")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        with _full_disk_as_user_error(draft):
+            draft.mkdir(parents=True)
+            _write_shards(draft, name, episodes, interface, dict(facts), episodes_per_shard)
+            draft.rename(target)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return target
+
+
+def refuse_existing(target: Path) -> None:
+    """Raises UserError if `target` exists, so that nothing is ever overwritten."""
+    if target.exists():
+        raise UserError(f"{target} already exists: choose another directory or name, or delete it first")
+
+
+@contextlib.contextmanager
+def _full_disk_as_user_error(path: Path) -> Iterator[None]:
+    message = f"no space left while writing {path}: nothing was kept; free some space or choose another directory"
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(message) from error
+        if isinstance(error, PermissionError):
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+        raise
+    except RuntimeError as error:  # ArrayRecord reports the operating system's errors as text
+        if "No space left" in str(error) or "File too large" in str(error) or "quota" in str(error):
+            raise UserError(message) from error
+        raise
+
+
+def _write_shards(draft, name, episodes, interface, facts, episodes_per_shard):
+    writer, info, lengths, digest = None, None, [], hashlib.sha256()
+    for index, episode in enumerate(episodes):
+        _validate(episode, index, interface)
+        if writer is None:
+            features = _features(interface, episode.metadata)
+            identity = DatasetIdentity(
+                name=name, version=tfds.core.Version(VERSION), data_dir=str(draft), module_name="vla_jax.data.rlds"
+            )
+            info = tfds.core.DatasetInfo(
+                builder=identity,
+                features=features,
+                description="Demonstrations of language-conditioned manipulation, one episode a record.",
+                metadata=tfds.core.MetadataDict(),
+                disable_shuffling=True,
+            )
+            writer = tfds.core.SequentialWriter(info, episodes_per_shard, file_format="array_record")
+            writer.initialize_splits([SPLIT])
+        record = _record(episode, index)
+        _update_digest(digest, record)
+        writer.add_examples({SPLIT: [record]})
+        lengths.append(len(episode.actions))
+    if writer is None:
+        raise UserError("there is no episode to write: the collection found no successful demonstration")
+    info.metadata.update(
+        interface=dataclasses.asdict(interface),
+        facts=facts,
+        episode_lengths=lengths,
+        digest=digest.hexdigest(),
+        writer=f"vla_jax {vla_jax.__version__}",
+    )
+    writer.close_all()
+
+
+def _features(interface: Interface, metadata: Mapping[str, Any]) -> tfds.features.FeaturesDict:
+    kinds = {bool: np.bool_, int: np.int64, float: np.float32, str: tfds.features.Text()}
+    features = tfds.features
+    images = {
+        f"image_{view}": features.Image(shape=(*size, 3), encoding_format="jpeg")
+        for view, size in interface.images.items()
+    }
+    state = features.Tensor(shape=(len(interface.state_names),), dtype=np.float32)
+    steps = {
+        "observation": {**images, "state": state},
+        "action": features.Tensor(shape=(len(interface.action_names),), dtype=np.float32),
+        "reward": np.float32,
+        "discount": np.float32,
+        "is_first": np.bool_,
+        "is_last": np.bool_,
+        "is_terminal": np.bool_,
+        "language_instruction": features.Text(),
+    }
+    facts = {name: kinds[type(value)] for name, value in metadata.items()}
+    about = {"episode_id": np.int64, "success": np.bool_, **facts}
+    return features.FeaturesDict({"steps": features.Dataset(steps), "episode_metadata": about})
+
+
+def _validate(episode: Episode, index: int, interface: Interface) -> None:
+    length = len(episode.actions)
+    if length == 0:
+        raise UserError(f"episode {index} has no steps")
+    if not episode.instruction.strip():
+        raise UserError(f"episode {index} has no instruction: every demonstration needs one")
+    shapes = {
+        "actions": (episode.actions, len(interface.action_names)),
+        "state": (episode.state, len(interface.state_names)),
+    }
+    for what, (array, width) in shapes.items():
+        if array.shape != (length, width):
+            raise UserError(f"episode {index}: {what} have shape {array.shape}, expected {(length, width)}")
+        if not np.isfinite(array).all():
+            step = int(np.argmin(np.isfinite(array).all(axis=1)))
+            raise UserError(f"episode {index}: {what} of step {step} are not finite numbers")
+    if set(episode.images) != set(interface.images):
+        raise UserError(f"episode {index} has views {sorted(episode.images)}, expected {sorted(interface.images)}")
+    for view, size in interface.images.items():
+        shape, dtype = episode.images[view].shape, episode.images[view].dtype
+        if shape != (length, *size, 3) or dtype != np.uint8:
+            raise UserError(f"episode {index}: view {view} is {dtype}{shape}, expected uint8{(length, *size, 3)}")
+
+
+def encode_jpeg(image: UInt8[np.ndarray, "H W 3"]) -> bytes:
+    """RGB picture to JPEG at quality 95 without chroma subsampling, since colour words name what is to be grasped."""
+    options = [
+        cv2.IMWRITE_JPEG_QUALITY,
+        JPEG_QUALITY,
+        cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
+        cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
+    ]
+    _, encoded = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)
+    return encoded.tobytes()
+
+
+def decode_jpeg(jpeg: bytes) -> UInt8[np.ndarray, "H W 3"]:
+    """JPEG to RGB picture. Raises UserError if the bytes are not a picture."""
+    image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB)
+    if image is None:
+        raise UserError("a picture of the dataset is damaged: collect or copy the dataset again")
+    return image
+
+
+def _record(episode: Episode, index: int) -> dict[str, Any]:
+    last = len(episode.actions) - 1
+    steps = []
+    for step in range(last + 1):
+        observation = {f"image_{view}": encode_jpeg(column[step]) for view, column in episode.images.items()}
+        observation["state"] = np.asarray(episode.state[step], np.float32)
+        terminal = step == last and bool(episode.success)
+        steps.append(
+            {
+                "observation": observation,
+                "action": np.asarray(episode.actions[step], np.float32),
+                "reward": float(terminal),
+                "discount": float(not terminal),
+                "is_first": step == 0,
+                "is_last": step == last,
+                "is_terminal": terminal,
+                "language_instruction": episode.instruction,
+            }
+        )
+    about = {"episode_id": index, "success": bool(episode.success), **episode.metadata}
+    return {"steps": steps, "episode_metadata": about}
+
+
+def _update_digest(digest, record: dict[str, Any]) -> None:
+    for step in record["steps"]:
+        observation = step["observation"]
+        for view in sorted(observation):
+            value = observation[view]
+            digest.update(value if isinstance(value, bytes) else value.tobytes())
+        digest.update(step["action"].tobytes())
+    digest.update(record["steps"][0]["language_instruction"].encode())
+    digest.update(json.dumps(record["episode_metadata"], sort_keys=True).encode())
+
+
+class RldsDataset:
+    """An opened dataset with random access to episodes. It holds paths, not data, and can be sent to another process.
+
+    Attributes:
+        directory, name: where it lies and what it is called.
+        interface: names, units and sizes of its arrays.
+        facts: what is known about the dataset as a whole.
+        lengths: int32[E], steps of each episode.
+        fingerprint: hash of the dataset's content; equal for equal content, wherever it lies.
+    """
+
+    def __init__(self, directory, name, interface, facts, lengths, fingerprint, shards):
+        self.directory = directory
+        self.name = name
+        self.interface = interface
+        self.facts = facts
+        self.lengths = lengths
+        self.fingerprint = fingerprint
+        self._records = ArrayRecordDataSource(shards)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def read(self, index: int) -> StoredEpisode:
+        """Reads one episode; its pictures stay JPEG. Raises UserError if its instruction is empty."""
+        features = tf_example_pb2.Example.FromString(self._records[index]).features.feature
+
+        def rows(key, width):
+            return np.array(features[key].float_list.value, np.float32).reshape(-1, width)
+
+        instruction = features["steps/language_instruction"].bytes_list.value[0].decode()
+        if not instruction.strip():
+            raise UserError(f"episode {index} of {self.directory} has no instruction: remove it or write one")
+        actions = rows("steps/action", len(self.interface.action_names))
+        if not np.isfinite(actions).all():
+            raise UserError(f"episode {index} of {self.directory} holds actions that are not finite numbers: remove it")
+        return StoredEpisode(
+            {
+                view: list(features[f"steps/observation/image_{view}"].bytes_list.value)
+                for view in self.interface.images
+            },
+            rows("steps/observation/state", len(self.interface.state_names)),
+            actions,
+            instruction,
+            _episode_metadata(features),
+        )
+
+    def close(self) -> None:
+        """Closes the shards."""
+        self._records.__exit__(None, None, None)
+
+
+def _episode_metadata(features) -> dict[str, Any]:
+    prefix, found = "episode_metadata/", {}
+    for key in features:
+        if key.startswith(prefix):
+            feature = features[key]
+            value = getattr(feature, feature.WhichOneof("kind")).value[0]
+            found[key.removeprefix(prefix)] = value.decode() if isinstance(value, bytes) else value
+    return found
+
+
+def open_rlds(directory: str | Path) -> RldsDataset:
+    """Opens a dataset that `write_rlds` wrote.
+
+    Raises:
+        UserError: nothing there, another kind of dataset (the message names what it lacks), or shards are missing.
+    """
+    directory = Path(directory)
+    if not (directory / "dataset_info.json").is_file():
+        found = sorted(path.parent for path in directory.glob("*/dataset_info.json")) + sorted(
+            path.parent for path in directory.glob("*/*/dataset_info.json")
+        )
+        found = [path for path in found if not path.name.endswith(".incomplete")]
+        hint = f"did you mean {found[0]}?" if found else "run python -m experiments.collect, or correct the path"
+        raise UserError(f"no dataset at {directory}: {hint}")
+    try:
+        builder = tfds.builder_from_directory(directory)
+        features = set(_flat_keys(builder.info.features))
+        metadata = dict(builder.info.metadata or {})
+        shards = [Path(path) for path in builder.info.splits[SPLIT].filepaths]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{directory} is not a readable RLDS dataset: {str(error).splitlines()[0]}") from error
+    needed = ["steps/action", "steps/language_instruction", "steps/observation/state"]
+    if missing := [key for key in needed if key not in features]:
+        raise UserError(f"the dataset at {directory} has no feature {', '.join(missing)}: it cannot train a policy")
+    if missing := [key for key in ("interface", "facts", "episode_lengths", "digest") if key not in metadata]:
+        raise UserError(
+            f"the dataset at {directory} does not say its {', '.join(missing)} in metadata.json: "
+            "write it with vla_jax.data.rlds.write_rlds, which records names and units"
+        )
+    if absent := [path.name for path in shards if not path.is_file()]:
+        raise UserError(
+            f"the dataset at {directory} lacks {len(absent)} of {len(shards)} shards ({absent[0]}): copy it again"
+        )
+    interface = Interface(**interface_from_json(metadata["interface"]))
+    lengths = np.asarray(metadata["episode_lengths"], np.int32)
+    identity = [builder.name, VERSION, lengths.tolist(), metadata["digest"], metadata["interface"], metadata["facts"]]
+    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    names = [str(path) for path in shards]
+    return RldsDataset(directory, builder.name, interface, metadata["facts"], lengths, fingerprint, names)
+
+
+def _flat_keys(features, prefix: str = "") -> Iterator[str]:
+    if isinstance(features, tfds.features.Dataset):
+        features = features.feature
+    if isinstance(features, tfds.features.FeaturesDict):
+        for name, child in features.items():
+            yield from _flat_keys(child, f"{prefix}/{name}" if prefix else name)
+    else:
+        yield prefix
