@@ -1,0 +1,1 @@
+"""What is optimised: one named term a file, put together by `objective`."""

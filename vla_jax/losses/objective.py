@@ -1,0 +1,113 @@
+"""The BayesianVLA objective and its arms.
+
+(1 - lambda) FM(posterior) + lambda FM(prior) - beta LLR + gamma (-log p(l | v)): BayesianVLA / LangForce (arXiv 2601.15197), Eq. 9,
+plus the auxiliary language loss of its Tab. 10.
+
+| arm | policy.conditioning | prior_weight | llr_weight |
+|---|---|---|---|
+| all-token baseline | "tokens" | 0 | 0 |
+| queries only | "queries" | 0 | 0 |
+| + prior flow matching | "queries" | 0.3 | 0 |
+| + LLR | "queries" | 0 | 0.1 |
+| full | "queries" | 0.3 | 0.1 |
+
+Axes: B batch, R noise draws of one sample, L instruction length, C chunk length, A action width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from vla_jax.errors import UserError
+from vla_jax.losses.flow_matching import Draw, draw, flow_matching
+from vla_jax.losses.language import mean_over_tokens, token_log_likelihood
+from vla_jax.losses.llr import GateState, log_likelihood_ratio
+from vla_jax.losses.term import Term, term
+from vla_jax.models.expert import Condition
+from vla_jax.models.policy import Policy, Reading
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """prior_weight: lambda. llr_weight: beta. language_weight: gamma, of -log p(l | v) in the posterior ordering.
+
+    detach_prior: keep the gradient of FM(prior) inside the expert. hard_tokens, gate: see `log_likelihood_ratio`.
+    noise_draws: R, noise and time draws of each sample.
+    """
+
+    prior_weight: float = 0.3
+    llr_weight: float = 0.1
+    language_weight: float = 0.0
+    detach_prior: bool = True
+    hard_tokens: int = 0
+    gate: bool = False
+    noise_draws: int = 4
+
+    def __post_init__(self):
+        if not 0 <= self.prior_weight <= 1:
+            raise UserError(f"loss.prior_weight must lie in [0, 1], got {self.prior_weight}")
+        if self.noise_draws < 1 or self.hard_tokens < 0:
+            raise UserError("loss.noise_draws must be at least 1 and loss.hard_tokens at least 0")
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """The branches that this objective has to read."""
+        return ("prior", "posterior") if self.prior_weight or self.llr_weight else ("posterior",)
+
+
+def objective(
+    policy: Policy, batch: dict[str, Any], key: PRNGKeyArray, config: LossConfig, gate_state: GateState
+) -> tuple[Float[Array, ""], tuple[dict[str, Term], GateState]]:
+    """The scalar to minimise, every term of it, and the new gate state.
+
+    batch: images uint8[B, H, W, 3] by view, state float32[B, F] and actions float32[B, C, A] in SI units, action_mask bool[B, C], tokens
+    int32[B, L], token_mask bool[B, L]. The loss is the sum of weight x value over the terms.
+    """
+    tokens, mask = batch["tokens"], batch["token_mask"]
+    readings = policy.encode(batch["images"], tokens, mask, config.branches)
+    terms = _flow_terms(policy, readings, batch, key, config)
+    if config.llr_weight:
+        prior, posterior = (policy.word_logits(readings[name].predictors) for name in ("prior", "posterior"))
+        llr, gate_state = log_likelihood_ratio(
+            prior, posterior, tokens, mask, gate_state, hard_tokens=config.hard_tokens, gate=config.gate)
+        terms["llr"] = term(llr.ratio, llr.carried, -config.llr_weight)
+        terms["llr_prior"] = term(llr.prior, llr.carried)
+        terms["llr_posterior"] = term(llr.posterior, llr.carried)
+        terms["llr_gate"] = term(llr.gate, llr.carried)
+    if config.language_weight:
+        logits = policy.word_logits(readings["posterior"].predictors)
+        surprise = -mean_over_tokens(token_log_likelihood(logits, tokens), mask)
+        terms["language"] = term(surprise, mask.any(-1), config.language_weight)
+    loss = sum(part.weight * part.value for part in terms.values() if part.weight)
+    return loss, (terms, gate_state)
+
+
+def _flow_terms(
+    policy: Policy, readings: dict[str, Reading], batch: dict[str, Any], key: PRNGKeyArray, config: LossConfig
+) -> dict[str, Term]:
+    """Flow matching under each branch that has a weight: one call of the expert for all, with independent noise."""
+    posterior_key, prior_key, dropout_key = jax.random.split(key, 3)
+    actions, mask = policy.normalizer.normalize_action(batch["actions"]), batch["action_mask"]
+    shape = (len(actions), config.noise_draws, *actions.shape[1:])
+    conditions = [policy.condition(readings["posterior"], batch["state"])]
+    draws = [draw(posterior_key, shape)]
+    weights = {"fm_posterior": 1 - config.prior_weight}
+    if config.prior_weight:
+        prior = policy.condition(readings["prior"], batch["state"])
+        conditions.append(prior._replace(context=lax.stop_gradient(prior.context)) if config.detach_prior else prior)
+        draws.append(draw(prior_key, shape))
+        weights["fm_prior"] = config.prior_weight
+    count = len(weights)
+    condition: Condition = jax.tree.map(lambda *parts: jnp.concatenate(parts), *conditions)
+    drawn: Draw = jax.tree.map(lambda *parts: jnp.concatenate(parts), *draws)
+    errors = flow_matching(
+        policy, condition, jnp.concatenate([actions] * count), jnp.concatenate([mask] * count), drawn, dropout_key)
+    carried = mask.any(-1)
+    return {name: term(error, carried, weight)
+            for (name, weight), error in zip(weights.items(), jnp.split(errors, count), strict=True)}

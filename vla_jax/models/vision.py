@@ -1,0 +1,106 @@
+"""A small vision transformer over the camera views.
+
+Axes: B batch, T query length (patches of one view), N query heads, H head width, D model width, F hidden width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from vla_jax.errors import UserError
+from vla_jax.nn.attention import Attention
+from vla_jax.nn.dense import Dense
+from vla_jax.nn.mlp import GeluMLP
+from vla_jax.nn.norm import LayerNorm
+from vla_jax.nn.stack import Stack
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """patch: side of a patch in pixels. merge: merge x merge neighbouring patches become one token of the trunk."""
+
+    patch: int = 8
+    merge: int = 2
+    width: int = 64
+    depth: int = 2
+    heads: int = 4
+    hidden: int = 256
+    scan: bool = False
+    remat: bool = False
+
+
+class VisionBlock(nnx.Module):
+    """x += attention(norm(x)); x += mlp(norm(x)), every patch seeing every patch of its view."""
+
+    def __init__(self, config: VisionConfig, *, dtype: str, rngs: nnx.Rngs):
+        self.attention_norm = LayerNorm(config.width)
+        self.attention = Attention(config.width, config.heads, config.width // config.heads, dtype=dtype, rngs=rngs)
+        self.mlp_norm = LayerNorm(config.width)
+        self.mlp = GeluMLP(config.width, config.hidden, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], each: None) -> Float[Array, "B T D"]:
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class VisionEncoder(nnx.Module):
+    """Images to tokens of width `out_width`. Views share all weights and differ by a learned embedding."""
+
+    def __init__(
+        self, config: VisionConfig, image_size: int, views: tuple[str, ...], out_width: int, *, dtype: str,
+        rngs: nnx.Rngs,
+    ):
+        if image_size % (config.patch * config.merge):
+            raise UserError(f"image size {image_size} is not a multiple of vision.patch x vision.merge = "
+                            f"{config.patch} x {config.merge}; change one of them")
+        if config.width % config.heads:
+            raise UserError(f"vision.width = {config.width} is not a multiple of vision.heads = {config.heads}")
+        side = image_size // config.patch
+        self.patch = Dense(3 * config.patch**2, config.width, dtype=dtype, rngs=rngs)
+        self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), (side**2, config.width)))
+        self.view = nnx.Param(0.02 * jax.random.normal(rngs.params(), (len(views), config.width)))
+        self.blocks = Stack(
+            lambda r: VisionBlock(config, dtype=dtype, rngs=r), config.depth, scan=config.scan, remat=config.remat,
+            rngs=rngs)
+        self.norm = LayerNorm(config.width)
+        self.project = Dense(config.width * config.merge**2, out_width, dtype=dtype, rngs=rngs)
+        self.views, self.image_size, self.patch_size, self.merge = views, image_size, config.patch, config.merge
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens for all views together."""
+        return len(self.views) * (self.image_size // (self.patch_size * self.merge)) ** 2
+
+    def __call__(self, images: dict[str, UInt8[Array, "B height width 3"]]) -> Float[Array, "B T D"]:
+        """All views' tokens, view after view, each in raster order."""
+        for view in self.views:
+            shape = images[view].shape[1:] if view in images else None
+            if shape != (self.image_size, self.image_size, 3):
+                raise UserError(f"the policy needs a {self.image_size} x {self.image_size} RGB image {view!r}, got "
+                                f"{'none' if shape is None else shape}")
+        pixels = jnp.stack([images[view] for view in self.views], 1)
+        B, views = pixels.shape[:2]
+        x = self.patch(patchify(pixels, self.patch_size) / 127.5 - 1.0)
+        x = x + self.position[...] + self.view[...][:, None]
+        x = self.blocks(x.reshape(B * views, *x.shape[2:]).astype(self.patch.dtype))
+        return self.project(merge_patches(self.norm(x), self.merge)).reshape(B, self.tokens, -1)
+
+
+def patchify(pixels: UInt8[Array, "*B height width 3"], size: int) -> Float[Array, "*B T D"]:
+    """Cut images into size x size patches in raster order; each becomes a row of 3 size^2 numbers in 0..255."""
+    *lead, height, width, channels = pixels.shape
+    pixels = pixels.reshape(*lead, height // size, size, width // size, size, channels)
+    return jnp.moveaxis(pixels, -3, -4).reshape(*lead, -1, size * size * channels).astype(jnp.float32)
+
+
+def merge_patches(x: Float[Array, "B T D"], merge: int) -> Float[Array, "B S F"]:
+    """Concatenate the features of merge x merge neighbouring patches of a square grid: T / merge^2 tokens."""
+    B, T, D = x.shape
+    side = round(T**0.5)
+    x = x.reshape(B, side // merge, merge, side // merge, merge, D)
+    return jnp.moveaxis(x, 3, 2).reshape(B, T // merge**2, merge**2 * D)

@@ -1,0 +1,1 @@
+"""The blocks that every model is made of."""

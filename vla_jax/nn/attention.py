@@ -1,0 +1,84 @@
+"""Attention with grouped heads, for self- and cross-attention.
+
+Axes: B batch, T query length, S key length, N query heads, K key/value heads, H head width, D model width.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from vla_jax.nn.dense import Dense
+from vla_jax.nn.norm import RMSNorm
+from vla_jax.nn.rotary import Rotation, rotate
+
+
+def attend(
+    query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: Float[Array, "B S K H"],
+    mask: Bool[Array, "#B #T S"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """softmax(q k / sqrt(H)) v, the softmax in float32; N is a multiple of K, and query head n reads key head n K / N.
+
+    mask: True where a query may look; None is everywhere. Every query must see at least one key.
+    """
+    B, T, N, H = query.shape
+    K = key.shape[2]
+    query = (query * H**-0.5).reshape(B, T, K, N // K, H)  # below, N counts the query heads of one key head
+    scores = jnp.einsum("BTKNH,BSKH->BKNTS", query, key, preferred_element_type=jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, -1e30)
+    weights = jax.nn.softmax(scores, -1).astype(value.dtype)
+    return jnp.einsum("BKNTS,BSKH->BTKNH", weights, value).reshape(B, T, N, H)
+
+
+class Attention(nnx.Module):
+    """Projections around `attend`. Queries come from x; keys and values from x, or from a context of another width."""
+
+    def __init__(
+        self, width: int, heads: int, head_width: int, *, kv_heads: int | None = None, context_width: int | None = None,
+        qk_norm: bool = False, bias: bool = True, dtype: str = "float32", rngs: nnx.Rngs,
+    ):
+        kv_heads, context_width = kv_heads or heads, context_width or width
+        if heads % kv_heads:
+            raise ValueError(f"{heads} query heads cannot share {kv_heads} key/value heads evenly")
+        options = dict(bias=bias, dtype=dtype, rngs=rngs)
+        self.query = Dense(width, heads * head_width, **options)
+        self.key = Dense(context_width, kv_heads * head_width, **options)
+        self.value = Dense(context_width, kv_heads * head_width, **options)
+        self.output = Dense(heads * head_width, width, **options)
+        self.query_norm = RMSNorm(head_width) if qk_norm else None
+        self.key_norm = RMSNorm(head_width) if qk_norm else None
+        self.head_width = head_width
+
+    def keys_values(
+        self, context: Float[Array, "B S D"], rotary: Rotation | None = None
+    ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+        """What there is to look at."""
+        key, value = self._heads(self.key(context)), self._heads(self.value(context))
+        if self.key_norm is not None:
+            key = self.key_norm(key)
+        return (key if rotary is None else rotate(key, rotary)), value
+
+    def look(
+        self, x: Float[Array, "B T D"], key: Float[Array, "B S K H"], value: Float[Array, "B S K H"],
+        mask: Bool[Array, "#B #T S"] | None = None, rotary: Rotation | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Look from x at given keys and values."""
+        query = self._heads(self.query(x))
+        if self.query_norm is not None:
+            query = self.query_norm(query)
+        if rotary is not None:
+            query = rotate(query, rotary)
+        seen = attend(query, key, value, mask)
+        return self.output(seen.reshape(*x.shape[:2], -1))
+
+    def __call__(
+        self, x: Float[Array, "B T D"], mask: Bool[Array, "#B #T T"] | None = None, rotary: Rotation | None = None
+    ) -> Float[Array, "B T D"]:
+        """Self-attention."""
+        return self.look(x, *self.keys_values(x, rotary), mask, rotary)
+
+    def _heads(self, x: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
+        return x.reshape(*x.shape[:-1], -1, self.head_width)

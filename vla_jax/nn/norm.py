@@ -1,0 +1,43 @@
+"""Normalisation over the last axis, computed in float32 and returned in the input's type.
+
+Axes: B batch, D model width.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale (arXiv 1910.07467)."""
+
+    def __init__(self, width: int, epsilon: float = 1e-6):
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        y = x.astype(jnp.float32)
+        y = y * lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.epsilon)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / std * scale + bias (arXiv 1607.06450)."""
+
+    def __init__(self, width: int, epsilon: float = 1e-6):
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return (standardize(x, self.epsilon) * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+def standardize(x: Float[Array, "*B D"], epsilon: float = 1e-6) -> Float[Array, "*B D"]:
+    """Layer normalisation without parameters, in float32: (x - mean) / std."""
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, -1, keepdims=True)
+    return y * lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + epsilon)

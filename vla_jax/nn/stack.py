@@ -1,0 +1,49 @@
+"""Equal layers, one after another, with their parameters stacked on a leading axis.
+
+Axes: B batch, T query length, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import lax
+
+
+class Stack(nnx.Module):
+    """`depth` layers made by `make(rngs)`; a layer maps (x, each, *shared) to x.
+
+    scan: run the layers as one compiled `lax.scan` (compile time and code size do not grow with depth) instead of
+        unrolled (faster on a CPU). The parameters are stacked either way, so checkpoints fit both.
+    remat: compute each layer again in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], depth: int, *, scan: bool, remat: bool, rngs: nnx.Rngs):
+        self.layers = nnx.vmap(make)(rngs.split(depth))
+        self.depth, self.scan, self.remat = depth, scan, remat
+
+    def __call__(self, x: jax.Array, *shared: Any, each: Any = None) -> jax.Array:
+        """Pass x through all layers. each: a pytree of arrays with leading axis `depth`, one slice for each layer;
+        shared: the same for all layers."""
+
+        def apply(x, layer, each):
+            return layer(x, each, *shared)
+
+        if self.remat:
+            apply = jax.checkpoint(apply, prevent_cse=not self.scan)
+        if self.scan:
+            return lax.scan(lambda x, inputs: (apply(x, *inputs), None), x, (self.layers, each))[0]
+        for index in range(self.depth):
+            layer, own = jax.tree.map(lambda leaf: leaf[index], (self.layers, each))
+            x = apply(x, layer, own)
+        return x
+
+    def map(self, function: Callable[[nnx.Module], Any]) -> Any:
+        """`function` of every layer, the results stacked on a leading axis."""
+        if self.scan:
+            return lax.map(function, self.layers)
+        results = [function(jax.tree.map(lambda leaf: leaf[index], self.layers)) for index in range(self.depth)]
+        return jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *results)

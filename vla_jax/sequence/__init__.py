@@ -1,0 +1,1 @@
+"""Spans, layouts and the one rule of sight."""
