@@ -1,0 +1,65 @@
+import numpy as np
+import pytest
+from scipy import stats
+
+from vla_jax.evaluation.intervals import compare_paired, mcnemar, wilson
+
+
+@pytest.mark.parametrize("successes, trials", [(0, 10), (1, 10), (5, 10), (10, 10), (47, 200), (199, 200)])
+def test_wilson_agrees_with_scipy(successes, trials):
+    expected = stats.binomtest(successes, trials).proportion_ci(0.95, method="wilson")
+    np.testing.assert_allclose(wilson(successes, trials), (expected.low, expected.high), atol=1e-12)
+
+
+def test_wilson_known_value():
+    # 81 of 263: the worked example of Newcombe (1998), table I, method 3.
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+
+
+def test_wilson_covers_what_it_promises():
+    rate, trials = 0.85, 200
+    counts = np.random.default_rng(0).binomial(trials, rate, 4000)
+    covered = np.mean([low <= rate <= high for low, high in (wilson(int(count), trials) for count in counts)])
+    assert 0.93 < covered < 0.97
+
+
+@pytest.mark.parametrize("successes, trials", [(0, 0), (3, 2), (-1, 5)])
+def test_wilson_refuses_impossible_counts(successes, trials):
+    with pytest.raises(ValueError):
+        wilson(successes, trials)
+
+
+@pytest.mark.parametrize("first, second", [(0, 0), (1, 0), (3, 9), (10, 10), (0, 12), (40, 61)])
+def test_mcnemar_is_the_exact_binomial_test(first, second):
+    expected = stats.binomtest(first, first + second).pvalue if first + second else 1.0
+    assert mcnemar(first, second) == pytest.approx(expected, rel=1e-9)
+    assert mcnemar(second, first) == mcnemar(first, second)
+
+
+def test_paired_comparison_of_known_counts():
+    first = np.array([True] * 30 + [True] * 5 + [False] * 20 + [False] * 45)
+    second = np.array([True] * 30 + [False] * 5 + [True] * 20 + [False] * 45)
+    comparison = compare_paired(first, second)
+    assert (comparison.only_first, comparison.only_second, comparison.trials) == (5, 20, 100)
+    assert comparison.difference == pytest.approx(0.15)
+    assert comparison.p == pytest.approx(stats.binomtest(5, 25).pvalue)
+    # Standard error of a paired difference: sqrt((b + c) - (b - c)^2 / n) / n.
+    error = np.sqrt(25 - 15**2 / 100) / 100
+    assert comparison.low == pytest.approx(0.15 - 1.96 * error, abs=0.015)
+    assert comparison.high == pytest.approx(0.15 + 1.96 * error, abs=0.015)
+
+
+def test_pairing_is_sharper_than_two_independent_rates():
+    generator = np.random.default_rng(1)
+    easy = generator.random(300) < 0.5
+    second = easy | (generator.random(300) < 0.1)
+    comparison = compare_paired(easy, second)
+    assert comparison.low > 0
+    assert comparison.high - comparison.low < 0.1
+    assert compare_paired(easy, easy).difference == 0 == compare_paired(easy, easy).high
+
+
+def test_paired_comparison_refuses_unequal_lengths():
+    with pytest.raises(ValueError):
+        compare_paired(np.ones(3, bool), np.ones(4, bool))

@@ -1,0 +1,1 @@
+"""What notebooks call: load runs, compare them, draw."""

@@ -1,0 +1,1 @@
+"""Closed-loop evaluation: batched rollouts in one program, intervals, videos and the report."""

@@ -1,0 +1,152 @@
+"""Policy, camera, physics and success in one compiled program, over a batch of scenes.
+
+A rollout is a scan over replans. Each replan looks at the scene, asks the policy for a chunk of C actions and executes
+the first `execute` of them in an inner scan of `env.step` (receding horizon). The policy's weights are arguments of the
+program, so every checkpoint of one architecture runs through the same compiled code.
+
+Axis legend: B scenes, L instruction length, C chunk length, A action width, T ticks, H x W picture, N object slots.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+
+from vla_jax.envs.scene import Command, Scene
+from vla_jax.errors import UserError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Trials:
+    """What a policy is put through. `index` numbers the scene and, with the seed, fixes the policy's noise there."""
+
+    scene: Scene
+    command: Command  # what is asked for; decides success
+    cue: Command  # what the look of the scene suggests
+    tokens: Int[Array, "B L"]
+    token_mask: Bool[Array, "B L"]
+    index: Int[Array, "B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How each scene ended: at its success or, without one, at the last tick."""
+
+    success: Bool[Array, "B"]
+    cue_success: Bool[Array, "B"]  # what the cue suggests was fulfilled (before success, if that came)
+    ticks: Int[Array, "B"]  # control ticks lived through
+    distance: Float[Array, "B"]  # metres from the gripper's tool point to the commanded object
+    nearest: Int[Array, "B"]  # object slot nearest to the tool point
+
+
+def rollout(
+    env,
+    act: Callable,
+    trials: Trials,
+    key: Key[Array, ""],
+    *,
+    execute: int,
+    ticks: int,
+    record: bool = False,
+) -> tuple[Outcome, UInt8[Array, "B T H W 3"] | None]:
+    """Runs `act` in closed loop on every scene; pure and traceable.
+
+    Args:
+        env: `reset(scene, command, cue)`, `observe(state)`, `step(state, action)` over a batch (`envs.env.Tabletop`).
+        act: `(observation, tokens, token_mask, key) -> Float[B C A]`, actions in SI units.
+        trials: the scenes and instructions.
+        key: with `trials.index`, fixes the policy's noise: another policy meets the same noise on the same scene,
+            whatever else is in the batch.
+        execute: actions of a chunk that are executed before the policy is asked again, 1 .. C.
+        ticks: control ticks an episode lasts.
+        record: also return the front picture of every tick.
+
+    Returns:
+        The outcomes and, when recording, the pictures (else None).
+    """
+    scene_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, trials.index)
+    act_per_scene = jax.vmap(lambda *arguments: act(*_add_batch_axis(arguments[:-1]), arguments[-1])[0])
+
+    def tick(carry, action):
+        state, outcome, now = carry
+        picture = env.observe(state)["images"]["front"] if record else None
+        state = env.step(state, action)
+        # A finished scene goes on moving harmlessly; what is reported of it no longer changes.
+        live = ~outcome.success & (now < ticks)
+        measured = _measure(state, now + 1)
+        outcome = jax.tree.map(lambda new, old: jnp.where(live, new, old), measured, outcome)
+        return (state, outcome, now + 1), picture
+
+    def replan(carry, number):
+        keys = jax.vmap(jax.random.fold_in, (0, None))(scene_keys, number)
+        chunk = act_per_scene(env.observe(carry[0]), trials.tokens, trials.token_mask, keys)
+        if not 1 <= execute <= chunk.shape[1]:
+            raise UserError(f"execute={execute}, but the policy's chunks hold {chunk.shape[1]} actions: take 1 to that")
+        return jax.lax.scan(tick, carry, jnp.swapaxes(chunk[:, :execute], 0, 1))
+
+    state = env.reset(trials.scene, trials.command, trials.cue)
+    start = (state, _measure(state, 0), jnp.int32(0))
+    (_, outcome, _), pictures = jax.lax.scan(replan, start, jnp.arange(math.ceil(ticks / max(execute, 1))))
+    if record:
+        pictures = jnp.moveaxis(pictures.reshape(-1, *pictures.shape[2:])[:ticks], 1, 0)
+    return outcome, pictures
+
+
+def _add_batch_axis(tree):
+    return jax.tree.map(lambda leaf: leaf[None], tree)
+
+
+def _measure(state, now) -> Outcome:
+    offsets = state.bodies.object_position - state.bodies.tcp_position[:, None]
+    distances = jnp.linalg.norm(offsets, axis=-1)
+    return Outcome(
+        success=state.success,
+        cue_success=state.cue_success,
+        ticks=jnp.full_like(state.command.target, now),
+        distance=jnp.take_along_axis(distances, state.command.target[:, None], axis=1)[:, 0],
+        nearest=jnp.argmin(jnp.where(state.scene.present, distances, jnp.inf), axis=1).astype(jnp.int32),
+    )
+
+
+def make_rollout(env, *, execute: int, ticks: int, sampler_steps: int, record: bool = False) -> Callable:
+    """The compiled form: `run(graphdef, weights, trials, key)` with `graphdef, weights = nnx.split(policy)`.
+
+    `graphdef` is static and compares by content: checkpoints of one architecture share one compilation per batch shape.
+    """
+
+    def run(graphdef, weights, trials, key):
+        def act(observation, tokens, token_mask, key):
+            return nnx.merge(graphdef, weights).act(observation, tokens, token_mask, key, steps=sampler_steps)
+
+        return rollout(env, act, trials, key, execute=execute, ticks=ticks, record=record)
+
+    return jax.jit(run, static_argnums=0)
+
+
+def in_batches(run: Callable, graphdef, weights, trials: Trials, key: Key[Array, ""], batch: int) -> Iterator:
+    """Runs any number of trials through one fixed batch shape; yields numpy (Outcome, pictures) of the real ones.
+
+    The last batch is filled up with repeats of the last trial, which are dropped from what is yielded.
+    """
+    count = trials.index.shape[0]
+    for start in range(0, count, batch):
+        rows = np.minimum(np.arange(start, start + batch), count - 1)
+        yield take_rows(run(graphdef, weights, take_rows(trials, rows), key), slice(min(batch, count - start)))
+
+
+def take_rows(tree: Any, rows: slice | Int[np.ndarray, "R"]) -> Any:
+    """Indexes the leading axis of every leaf on the host, where a new shape costs no compilation."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[rows], tree)
+
+
+def concatenate(parts: list[Any]) -> Any:
+    """Joins pytrees of arrays along their leading axis."""
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
