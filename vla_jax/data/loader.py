@@ -20,7 +20,8 @@ from jaxtyping import Bool, Int
 
 from vla_jax.data import tokenizer as tokenizers
 from vla_jax.data.contract import Contract
-from vla_jax.data.rlds import RldsDataset, StoredEpisode, decode_jpeg, open_rlds
+from vla_jax.data.episode import StoredEpisode, decode_jpeg
+from vla_jax.data.rlds import RldsDataset, open_rlds
 from vla_jax.errors import UserError
 
 SPLITS = ("train", "held_out")
@@ -261,7 +262,7 @@ def make_loader(config: DataConfig, contract: Contract, process_index: int = 0, 
     contract.check_interface(dataset.interface, f"the dataset at {config.directory}")
     reader = BatchReader(dataset, contract, config)
     steps = grain.MapDataset.range(len(reader)).seed(config.seed).shuffle().repeat()
-    batches = steps.batch(config.batch_size, batch_fn=np.array).map(
+    batches = steps.batch(config.batch_size, drop_remainder=True, batch_fn=np.array).map(
         lambda rows: reader(rows[process_index::process_count])
     )
     stream = {name: getattr(config, name) for name in ("batch_size", "seed", "split", "held_out_fraction")}

@@ -17,59 +17,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
-from jaxtyping import Float, UInt8
+from google.protobuf import json_format, message
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
 from tensorflow_datasets.proto import tf_example_pb2
 
 import vla_jax
+from vla_jax.data.episode import Episode, StoredEpisode, encode_jpeg, validate
 from vla_jax.data.interface import Interface, interface_from_json
 from vla_jax.errors import UserError
 
 VERSION = "1.0.0"
-JPEG_QUALITY = 95
 SPLIT = "train"
-
-
-@dataclasses.dataclass(frozen=True)
-class Episode:
-    """One demonstration of T steps: what was seen, and what was done about it.
-
-    Attributes:
-        images: RGB pictures of each view, one a step.
-        state: proprioception, in the units of the Interface.
-        actions: the action taken in each step, in the units of the Interface.
-        instruction: what was asked for.
-        success: whether the last step reached it.
-        metadata: facts about this episode (int, float, bool or str); all episodes of a dataset have the same keys.
-    """
-
-    images: Mapping[str, UInt8[np.ndarray, "T H W 3"]]
-    state: Float[np.ndarray, "T S"]
-    actions: Float[np.ndarray, "T A"]
-    instruction: str
-    success: bool
-    metadata: Mapping[str, int | float | bool | str]
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredEpisode:
-    """An episode as read back: like Episode, with the pictures still JPEG, one `bytes` a step and view."""
-
-    images: dict[str, list[bytes]]
-    state: Float[np.ndarray, "T S"]
-    actions: Float[np.ndarray, "T A"]
-    instruction: str
-    metadata: dict[str, Any]
-
-    @property
-    def nbytes(self) -> int:
-        """Memory held by the pictures and arrays, in bytes."""
-        pictures = sum(len(jpeg) for column in self.images.values() for jpeg in column)
-        return pictures + self.state.nbytes + self.actions.nbytes
+EPISODES_PER_WRITE = 16  # tfds writes all of its metadata anew each time, which costs more than an episode
 
 
 def dataset_path(directory: str | Path, name: str) -> Path:
@@ -96,7 +58,7 @@ def write_rlds(
         name: the dataset's name, a Python identifier in lower case.
         episodes: consumed once; nothing of an episode is kept after it is written.
         interface: names, units and sizes of the arrays; every episode must fit it.
-        facts: JSON-able facts about the dataset as a whole (task, coupling, rho, entropy, ...).
+        facts: JSON-able facts about the dataset as a whole (task, coupling, rho, ...), read after the last episode.
         episodes_per_shard: records a file.
 
     Raises:
@@ -109,7 +71,7 @@ def write_rlds(
     try:
         with _full_disk_as_user_error(draft):
             draft.mkdir(parents=True)
-            _write_shards(draft, name, episodes, interface, dict(facts), episodes_per_shard)
+            _write_shards(draft, name, episodes, interface, facts, episodes_per_shard)
             draft.rename(target)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
@@ -141,11 +103,13 @@ def _full_disk_as_user_error(path: Path) -> Iterator[None]:
 
 
 def _write_shards(draft, name, episodes, interface, facts, episodes_per_shard):
-    writer, info, lengths, digest = None, None, [], hashlib.sha256()
+    writer, info, lengths, waiting, digest = None, None, [], [], hashlib.sha256()
     for index, episode in enumerate(episodes):
-        _validate(episode, index, interface)
+        validate(episode, index, interface)
+        kinds = {key: type(value) for key, value in episode.metadata.items()}
         if writer is None:
-            features = _features(interface, episode.metadata)
+            first_kinds = kinds
+            features = _features(interface, kinds, index)
             identity = DatasetIdentity(
                 name=name, version=tfds.core.Version(VERSION), data_dir=str(draft), module_name="vla_jax.data.rlds"
             )
@@ -158,15 +122,21 @@ def _write_shards(draft, name, episodes, interface, facts, episodes_per_shard):
             )
             writer = tfds.core.SequentialWriter(info, episodes_per_shard, file_format="array_record")
             writer.initialize_splits([SPLIT])
+        if kinds != first_kinds:
+            raise UserError(f"episode {index}: its metadata have other keys or types than those of episode 0")
         record = _record(episode, index)
         _update_digest(digest, record)
-        writer.add_examples({SPLIT: [record]})
         lengths.append(len(episode.actions))
+        waiting.append(record)
+        if len(waiting) == EPISODES_PER_WRITE:
+            writer.add_examples({SPLIT: waiting})
+            waiting = []
     if writer is None:
         raise UserError("there is no episode to write: the collection found no successful demonstration")
+    writer.add_examples({SPLIT: waiting})
     info.metadata.update(
         interface=dataclasses.asdict(interface),
-        facts=facts,
+        facts=dict(facts),
         episode_lengths=lengths,
         digest=digest.hexdigest(),
         writer=f"vla_jax {vla_jax.__version__}",
@@ -174,9 +144,14 @@ def _write_shards(draft, name, episodes, interface, facts, episodes_per_shard):
     writer.close_all()
 
 
-def _features(interface: Interface, metadata: Mapping[str, Any]) -> tfds.features.FeaturesDict:
-    kinds = {bool: np.bool_, int: np.int64, float: np.float32, str: tfds.features.Text()}
+def _features(interface: Interface, kinds: Mapping[str, type], index: int) -> tfds.features.FeaturesDict:
     features = tfds.features
+    stored_as = {bool: np.bool_, int: np.int64, float: np.float32, str: features.Text()}
+    for name, kind in kinds.items():
+        if kind not in stored_as:
+            raise UserError(
+                f"episode {index}: its metadata {name!r} is a {kind.__name__}, not an int, float, bool or str"
+            )
     images = {
         f"image_{view}": features.Image(shape=(*size, 3), encoding_format="jpeg")
         for view, size in interface.images.items()
@@ -192,53 +167,8 @@ def _features(interface: Interface, metadata: Mapping[str, Any]) -> tfds.feature
         "is_terminal": np.bool_,
         "language_instruction": features.Text(),
     }
-    facts = {name: kinds[type(value)] for name, value in metadata.items()}
-    about = {"episode_id": np.int64, "success": np.bool_, **facts}
+    about = {"episode_id": np.int64, "success": np.bool_, **{name: stored_as[kind] for name, kind in kinds.items()}}
     return features.FeaturesDict({"steps": features.Dataset(steps), "episode_metadata": about})
-
-
-def _validate(episode: Episode, index: int, interface: Interface) -> None:
-    length = len(episode.actions)
-    if length == 0:
-        raise UserError(f"episode {index} has no steps")
-    if not episode.instruction.strip():
-        raise UserError(f"episode {index} has no instruction: every demonstration needs one")
-    shapes = {
-        "actions": (episode.actions, len(interface.action_names)),
-        "state": (episode.state, len(interface.state_names)),
-    }
-    for what, (array, width) in shapes.items():
-        if array.shape != (length, width):
-            raise UserError(f"episode {index}: {what} have shape {array.shape}, expected {(length, width)}")
-        if not np.isfinite(array).all():
-            step = int(np.argmin(np.isfinite(array).all(axis=1)))
-            raise UserError(f"episode {index}: {what} of step {step} are not finite numbers")
-    if set(episode.images) != set(interface.images):
-        raise UserError(f"episode {index} has views {sorted(episode.images)}, expected {sorted(interface.images)}")
-    for view, size in interface.images.items():
-        shape, dtype = episode.images[view].shape, episode.images[view].dtype
-        if shape != (length, *size, 3) or dtype != np.uint8:
-            raise UserError(f"episode {index}: view {view} is {dtype}{shape}, expected uint8{(length, *size, 3)}")
-
-
-def encode_jpeg(image: UInt8[np.ndarray, "H W 3"]) -> bytes:
-    """RGB picture to JPEG at quality 95 without chroma subsampling, since colour words name what is to be grasped."""
-    options = [
-        cv2.IMWRITE_JPEG_QUALITY,
-        JPEG_QUALITY,
-        cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
-        cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
-    ]
-    _, encoded = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)
-    return encoded.tobytes()
-
-
-def decode_jpeg(jpeg: bytes) -> UInt8[np.ndarray, "H W 3"]:
-    """JPEG to RGB picture. Raises UserError if the bytes are not a picture."""
-    image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB)
-    if image is None:
-        raise UserError("a picture of the dataset is damaged: collect or copy the dataset again")
-    return image
 
 
 def _record(episode: Episode, index: int) -> dict[str, Any]:
@@ -293,14 +223,18 @@ class RldsDataset:
         self.facts = facts
         self.lengths = lengths
         self.fingerprint = fingerprint
-        self._records = ArrayRecordDataSource(shards)
+        with _damage_as_user_error(directory):
+            self._records = ArrayRecordDataSource(shards)
+        if len(self._records) != len(lengths):
+            raise UserError(f"{directory} holds {len(self._records)} episodes, not {len(lengths)}: copy it again")
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def read(self, index: int) -> StoredEpisode:
-        """Reads one episode; its pictures stay JPEG. Raises UserError if its instruction is empty."""
-        features = tf_example_pb2.Example.FromString(self._records[index]).features.feature
+        """Reads one episode; its pictures stay JPEG. Raises UserError if it is damaged or lacks an instruction."""
+        with _damage_as_user_error(self.directory):
+            features = tf_example_pb2.Example.FromString(self._records[index]).features.feature
 
         def rows(key, width):
             return np.array(features[key].float_list.value, np.float32).reshape(-1, width)
@@ -325,6 +259,14 @@ class RldsDataset:
     def close(self) -> None:
         """Closes the shards."""
         self._records.__exit__(None, None, None)
+
+
+@contextlib.contextmanager
+def _damage_as_user_error(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, message.DecodeError) as error:  # both libraries report damage in no narrower way
+        raise UserError(f"a shard of {directory} is damaged: copy or collect the dataset again ({error})") from error
 
 
 def _episode_metadata(features) -> dict[str, Any]:
@@ -356,7 +298,7 @@ def open_rlds(directory: str | Path) -> RldsDataset:
         features = set(_flat_keys(builder.info.features))
         metadata = dict(builder.info.metadata or {})
         shards = [Path(path) for path in builder.info.splits[SPLIT].filepaths]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, json_format.ParseError) as error:
         raise UserError(f"{directory} is not a readable RLDS dataset: {str(error).splitlines()[0]}") from error
     needed = ["steps/action", "steps/language_instruction", "steps/observation/state"]
     if missing := [key for key in needed if key not in features]:

@@ -1,0 +1,97 @@
+"""One demonstration, before it is written and after it is read, and its pictures as JPEG."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import cv2
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from vla_jax.data.interface import Interface
+from vla_jax.errors import UserError
+
+JPEG_QUALITY = 95
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """One demonstration of T steps: what was seen, and what was done about it.
+
+    Attributes:
+        images: RGB pictures of each view, one a step.
+        state: proprioception, in the units of the Interface.
+        actions: the action taken in each step, in the units of the Interface.
+        instruction: what was asked for.
+        success: whether the last step reached it.
+        metadata: facts about this episode (int, float, bool or str); all episodes of a dataset have the same keys.
+    """
+
+    images: Mapping[str, UInt8[np.ndarray, "T H W 3"]]
+    state: Float[np.ndarray, "T S"]
+    actions: Float[np.ndarray, "T A"]
+    instruction: str
+    success: bool
+    metadata: Mapping[str, int | float | bool | str]
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredEpisode:
+    """An episode as read back: like Episode, with the pictures still JPEG, one `bytes` a step and view."""
+
+    images: dict[str, list[bytes]]
+    state: Float[np.ndarray, "T S"]
+    actions: Float[np.ndarray, "T A"]
+    instruction: str
+    metadata: dict[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held by the pictures and arrays, in bytes."""
+        pictures = sum(len(jpeg) for column in self.images.values() for jpeg in column)
+        return pictures + self.state.nbytes + self.actions.nbytes
+
+
+def validate(episode: Episode, index: int, interface: Interface) -> None:
+    """Raises UserError, naming the episode by `index`, if it does not fit the interface or holds no valid numbers."""
+    length = len(episode.actions)
+    if length == 0:
+        raise UserError(f"episode {index} has no steps")
+    if not episode.instruction.strip():
+        raise UserError(f"episode {index} has no instruction: every demonstration needs one")
+    shapes = {
+        "actions": (episode.actions, len(interface.action_names)),
+        "state": (episode.state, len(interface.state_names)),
+    }
+    for what, (array, width) in shapes.items():
+        if array.shape != (length, width):
+            raise UserError(f"episode {index}: {what} have shape {array.shape}, expected {(length, width)}")
+        if not np.isfinite(array).all():
+            step = int(np.argmin(np.isfinite(array).all(axis=1)))
+            raise UserError(f"episode {index}: {what} of step {step} are not finite numbers")
+    if set(episode.images) != set(interface.images):
+        raise UserError(f"episode {index} has views {sorted(episode.images)}, expected {sorted(interface.images)}")
+    for view, size in interface.images.items():
+        shape, dtype = episode.images[view].shape, episode.images[view].dtype
+        if shape != (length, *size, 3) or dtype != np.uint8:
+            raise UserError(f"episode {index}: view {view} is {dtype}{shape}, expected uint8{(length, *size, 3)}")
+
+
+def encode_jpeg(image: UInt8[np.ndarray, "H W 3"]) -> bytes:
+    """RGB picture to JPEG at quality 95 without chroma subsampling, since colour words name what is to be grasped."""
+    options = [
+        cv2.IMWRITE_JPEG_QUALITY,
+        JPEG_QUALITY,
+        cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
+        cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
+    ]
+    _, encoded = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)
+    return encoded.tobytes()
+
+
+def decode_jpeg(jpeg: bytes) -> UInt8[np.ndarray, "H W 3"]:
+    """JPEG to RGB picture. Raises UserError if the bytes are not a picture."""
+    image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB)
+    if image is None:
+        raise UserError("a picture of the dataset is damaged: collect or copy the dataset again")
+    return image
