@@ -90,9 +90,8 @@ def report(path: Path, batches: int) -> None:
     contract = compute_contract(dataset)
     seconds = time.perf_counter() - start
     disk = sum(file.stat().st_size for file in path.iterdir()) / 2**20
-    print(
-        f"{len(dataset)} episodes, {dataset.lengths.sum()} steps, views {dataset.interface.images}, {disk:.0f} MiB on disk"
-    )
+    steps, views = dataset.lengths.sum(), dataset.interface.images
+    print(f"{len(dataset)} episodes, {steps} steps, views {views}, {disk:.0f} MiB on disk")
     print(f"contract: {contract.action_statistics.count / seconds:,.0f} steps/s ({seconds:.2f} s)")
     base = DataConfig(directory=str(path), batch_size=64, chunk=8)
     settings = {
