@@ -13,7 +13,8 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from vla_jax.envs import bias as bias_law
 from vla_jax.envs import language
@@ -94,32 +95,36 @@ def sample_episode(
         UserError: the family is unknown.
     """
     check_family(task_name)
-    scene_key, command_key, cue_key = jax.random.split(key, 3)
+    scene_key, command_key = jax.random.split(key)
+    uniform = jax.random.uniform(command_key, (4,))
     scene = sample_scene(scene_key, task_name, bias, config, held_out=held_out, new_background=new_background)
     commands, probability = bias_law.command_distribution(task_name, scene, bias)
-    command = sample_command(command_key, task_name, scene, commands, probability)
-    return scene, command, cue_command(cue_key, task_name, scene, bias, command)
+    command = sample_command(uniform[:3], task_name, scene, commands, probability)
+    return scene, command, cue_command(uniform[3], task_name, scene, bias, command)
+
+
+def choose(uniform: Float[Array, ""], weights: Float[Array, "K"]) -> Int[Array, ""]:
+    """Turns a uniform number in [0, 1) into an index drawn in proportion to `weights` (some positive)."""
+    edges = jnp.cumsum(weights)
+    return jnp.argmax(edges > uniform * edges[-1]).astype(jnp.int32)
 
 
 def sample_command(
-    key: PRNGKeyArray, task_name: str, scene: Scene, commands: Command, weights: Float[Array, "M"]
+    uniform: Float[Array, "3"], task_name: str, scene: Scene, commands: Command, weights: Float[Array, "M"]
 ) -> Command:
-    """One of `commands`, drawn in proportion to `weights` (some positive), in a training wording."""
-    choice_key, wording_key = jax.random.split(key)
-    chosen = take(commands, jax.random.categorical(choice_key, jnp.log(weights)))
-    return word(wording_key, task_name, scene, chosen)
+    """One of `commands`, in proportion to `weights` (some positive), in a training wording."""
+    return word(uniform[1:], task_name, scene, take(commands, choose(uniform[0], weights)))
 
 
-def word(key: PRNGKeyArray, task_name: str, scene: Scene, command: Command) -> Command:
-    """Draws how the command is said: a referent that fits the target, by weight, and a training template."""
-    referent_key, template_key = jax.random.split(key)
-    names = language.referent_distribution(scene)[command.target]
-    referent = jax.random.categorical(referent_key, jnp.log(names)).astype(jnp.int32)
-    template = jax.random.randint(template_key, (), *language.template_range(task_name))
+def word(uniform: Float[Array, "2"], task_name: str, scene: Scene, command: Command, held_out: bool = False) -> Command:
+    """Says the command by two uniform numbers: a referent that fits the target, by weight, and one of the training
+    templates or, with `held_out`, of the paraphrases."""
+    referent = choose(uniform[0], language.referent_distribution(scene)[command.target])
+    template = _integer(uniform[1], *language.template_range(task_name, held_out))
     return dataclasses.replace(command, referent=referent, template=template)
 
 
-def cue_command(key: PRNGKeyArray, task_name: str, scene: Scene, bias: BiasConfig, command: Command) -> Command:
+def cue_command(uniform: Float[Array, ""], task_name: str, scene: Scene, bias: BiasConfig, command: Command) -> Command:
     """What a policy would do that takes the target from the look, and goal and relation from the words.
 
     The target is the cue's. Goal and relation are the command's where the scene admits them for that target; else as
@@ -130,7 +135,7 @@ def cue_command(key: PRNGKeyArray, task_name: str, scene: Scene, bias: BiasConfi
     valid &= commands.target == bias_law.cue_target(scene, bias)
     likeness = 2 * (commands.relation == command.relation) + (commands.goal == command.goal)
     best = valid & (likeness == jnp.max(jnp.where(valid, likeness, -1)))
-    return take(commands, jax.random.categorical(key, jnp.log(best)))
+    return take(commands, choose(uniform, best))
 
 
 def sample_scene(
@@ -146,105 +151,133 @@ def sample_scene(
     check_family(task_name)
 
     def draw(attempt):
-        attempt_key = jax.random.fold_in(key, attempt)
-        return _draw_scene(attempt_key, task_name, bias, config, held_out=held_out, new_background=new_background)
+        uniform = _uniform_numbers(jax.random.fold_in(key, attempt))
+        return _draw_scene(uniform, task_name, bias, config, held_out=held_out, new_background=new_background)
 
-    def again(carry):
-        attempt, _ = carry
-        return attempt + 1, draw(attempt + 1)
+    def try_again(carry):
+        attempt, _, _ = carry
+        scene = draw(attempt)
+        return attempt + 1, _holds(task_name, scene, bias), scene
 
-    return jax.lax.while_loop(lambda carry: ~_holds(task_name, carry[1], bias), again, (jnp.int32(0), draw(0)))[1]
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(draw, 0))
+    start = (jnp.int32(0), jnp.asarray(False), nothing)
+    return jax.lax.while_loop(lambda carry: ~carry[1], try_again, start)[2]
 
 
-def _draw_scene(key, task_name, bias, config, *, held_out, new_background) -> Scene:
-    keys = dict(zip(("look", "place", "yaw", "tcp", "light", "camera"), jax.random.split(key, 6), strict=True))
-    present = jnp.arange(NUM_SLOTS) < config.objects
-    color, shape, movable, background = _draw_look(keys["look"], bias, config.objects, held_out, new_background)
-    position, zone_position = _draw_places(keys["place"], config.objects, NUM_ZONES if has_zones(task_name) else 0)
-    yaw = jax.random.uniform(keys["yaw"], (NUM_SLOTS,), minval=-CUBE_YAW, maxval=CUBE_YAW)
-    tcp_key, tcp_yaw_key = jax.random.split(keys["tcp"])
-    light_key, brightness_key = jax.random.split(keys["light"])
-    light = jnp.asarray(LIGHT) + LIGHT_JITTER * jax.random.uniform(light_key, (3,), minval=-1.0)
-    shift = jax.random.uniform(keys["camera"], (NUM_VIEWS, 3), minval=-1.0)
+def _uniform_numbers(key) -> dict[str, Float[Array, "..."]]:
+    """All the random numbers of a scene, uniform in [0, 1), by name.
+
+    One call of the generator makes them, because each call takes the compiler about a second on a CPU.
+    """
+    shapes = {
+        "background": (),
+        "pairs": (len(COLORS) * len(SHAPES),),
+        "order": (NUM_SLOTS,),
+        "mark": (NUM_SLOTS,),
+        "spots": (NUM_ZONES + NUM_SLOTS, _SPOTS, 2),
+        "yaw": (NUM_SLOTS,),
+        "tcp": (_SPOTS, 2),
+        "height": (),
+        "tcp_yaw": (),
+        "light": (3,),
+        "brightness": (),
+        "camera": (NUM_VIEWS, 3),
+    }
+    ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
+    pieces = jnp.split(jax.random.uniform(key, (int(ends[-1]),)), ends[:-1])
+    return {name: piece.reshape(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
+
+
+def _between(uniform, low, high):
+    return low + (high - low) * uniform
+
+
+def _integer(uniform, first, end):
+    """An integer from `first` to `end` - 1."""
+    return jnp.minimum(first + jnp.floor(uniform * (end - first)), end - 1).astype(jnp.int32)
+
+
+def _table_point(uniform: Float[Array, "*B 2"]) -> Float[Array, "*B 2"]:
+    low, high = jnp.asarray((TABLE_X[0], TABLE_Y[0])), jnp.asarray((TABLE_X[1], TABLE_Y[1]))
+    return _between(uniform, low, high)
+
+
+def _draw_scene(uniform, task_name, bias, config, *, held_out, new_background) -> Scene:
+    color, shape, movable, background = _draw_look(uniform, bias, config.objects, held_out, new_background)
+    zones = NUM_ZONES if has_zones(task_name) else 0
+    position, zone_position = _draw_places(uniform["spots"], config.objects, zones)
+    light = jnp.asarray(LIGHT) + _between(uniform["light"], -LIGHT_JITTER, LIGHT_JITTER)
+    # The turn of a round object cannot be seen, so it must not matter to the hand either.
+    yaw = jnp.where(shape == SHAPES.index("cube"), _between(uniform["yaw"], -CUBE_YAW, CUBE_YAW), 0.0)
     scene = Scene(
         color=color,
         shape=shape,
-        present=present,
+        present=jnp.arange(NUM_SLOTS) < config.objects,
         movable=movable,
         position=position,
-        # The turn of a round object cannot be seen, so it must not matter to the hand either.
-        yaw=jnp.where(shape == SHAPES.index("cube"), yaw, 0.0),
-        zone_present=jnp.full(NUM_ZONES, has_zones(task_name)),
+        yaw=yaw,
+        zone_present=jnp.arange(NUM_ZONES) < zones,
         zone_position=zone_position,
         tcp=jnp.zeros(3),
-        tcp_yaw=jax.random.uniform(tcp_yaw_key, (), minval=-TCP_YAW, maxval=TCP_YAW),
+        tcp_yaw=_between(uniform["tcp_yaw"], -TCP_YAW, TCP_YAW),
         background=background,
         light=light / jnp.linalg.norm(light),
-        brightness=jax.random.uniform(brightness_key, (), minval=BRIGHTNESS[0], maxval=BRIGHTNESS[1]),
-        camera_shift=jnp.asarray(CAMERA_JITTER)[:, None] * shift,
+        brightness=_between(uniform["brightness"], *BRIGHTNESS),
+        camera_shift=jnp.asarray(CAMERA_JITTER)[:, None] * _between(uniform["camera"], -1.0, 1.0),
     )
-    return dataclasses.replace(scene, tcp=_draw_tcp(tcp_key, scene, bias))
+    return dataclasses.replace(scene, tcp=_draw_tcp(uniform, scene, bias))
 
 
-def _draw_look(key, bias, objects, held_out, new_background):
+def _draw_look(uniform, bias, objects, held_out, new_background):
     """Colours, shapes, marks and table colour: [N], [N], [N], []."""
-    background_key, rank_key, held_key, order_key, mark_key = jax.random.split(key, 5)
-    first, end = (NUM_TRAIN_BACKGROUNDS, NUM_BACKGROUNDS) if new_background else (0, NUM_TRAIN_BACKGROUNDS)
-    background = jax.random.randint(background_key, (), first, end)
+    kinds = (NUM_TRAIN_BACKGROUNDS, NUM_BACKGROUNDS) if new_background else (0, NUM_TRAIN_BACKGROUNDS)
+    background = _integer(uniform["background"], *kinds)
 
-    pairs = jnp.arange(len(COLORS) * len(SHAPES))
-    rank = jax.random.uniform(rank_key, pairs.shape)
+    # The pairs of the highest rank go into the scene: those that must, then others of the training pairs.
     unseen = bias_law.pair_index(bias_law.HELD_OUT_PAIRS)
-    rank = rank.at[unseen].set(-1.0)
+    held_rank = jnp.where(uniform["pairs"][unseen] == jnp.max(uniform["pairs"][unseen]), 3.0, -1.0)
+    rank = uniform["pairs"].at[unseen].set(held_rank if held_out else -1.0)
     if bias.coupling == "background":
         rank = rank.at[bias_law.pair_index(bias_law.BACKGROUND_PAIRS)[background % NUM_TRAIN_BACKGROUNDS]].set(2.0)
-    if held_out:
-        rank = rank.at[jax.random.choice(held_key, unseen)].set(3.0)
     chosen = jnp.argsort(-rank)[:objects]
 
     # Which slot holds what carries no meaning: shuffle, so that nothing can come to depend on it.
-    order = jax.random.permutation(order_key, objects)
+    order = jnp.argsort(uniform["order"][:objects])
     chosen = jnp.zeros(NUM_SLOTS, jnp.int32).at[:objects].set(chosen[order])
     movable = jnp.ones(NUM_SLOTS, bool)
     if bias.coupling == "uniqueness":
         eligible = (jnp.arange(NUM_SLOTS) < objects) & ~jnp.isin(chosen, unseen)
-        movable = jnp.arange(NUM_SLOTS) == jax.random.categorical(mark_key, jnp.log(eligible))
+        movable = jnp.arange(NUM_SLOTS) == jnp.argmax(jnp.where(eligible, uniform["mark"], -1.0))
     return chosen // len(SHAPES), chosen % len(SHAPES), movable, background
 
 
-def _draw_places(key, objects, zones) -> tuple[Float[Array, "N 2"], Float[Array, "Z 2"]]:
-    """Spots on the table, one thing after the other, each at its distance from those before where a spot is found."""
-    spots = jax.vmap(_table_point)(jax.random.split(key, (zones + objects) * _SPOTS)).reshape(-1, _SPOTS, 2)
+def _draw_places(uniform, objects, zones) -> tuple[Float[Array, "N 2"], Float[Array, "Z 2"]]:
+    """Spots on the table, zones first, each the first of its _SPOTS that keeps its distance (if none: the first)."""
+    spots = _table_point(uniform)
     placed = []
     for index in range(zones + objects):
         is_zone = index < zones
         room = jnp.full(_SPOTS, jnp.inf)
         for other, point in enumerate(placed):
-            spacing = (ZONE_SPACING if is_zone else ZONE_OBJECT_SPACING) if other < zones else OBJECT_SPACING
+            spacing = OBJECT_SPACING if other >= zones else ZONE_SPACING if is_zone else ZONE_OBJECT_SPACING
             room = jnp.minimum(room, jnp.linalg.norm(spots[index] - point, axis=-1) - spacing)
         placed.append(spots[index, jnp.argmax(room >= 0)])
-    position = _parked(NUM_SLOTS).at[:objects].set(jnp.stack(placed[zones:]))
-    zone_position = _parked(NUM_ZONES)
-    return position, zone_position.at[:zones].set(jnp.stack(placed[:zones])) if zones else zone_position
+    return _parked(placed[zones:], NUM_SLOTS), _parked(placed[:zones], NUM_ZONES)
 
 
-def _parked(count) -> Float[Array, "count 2"]:
-    """Spots out of sight, apart from each other."""
-    return jnp.stack([jnp.full(count, PARKED_X), 0.3 * jnp.arange(count)], axis=-1)
+def _parked(placed, count) -> Float[Array, "count 2"]:
+    """The placed points, then spots out of sight, apart from each other, up to `count`."""
+    absent = [jnp.asarray((PARKED_X, 0.3 * index)) for index in range(len(placed), count)]
+    return jnp.stack([*placed, *absent])
 
 
-def _table_point(key) -> Float[Array, "2"]:
-    low, high = jnp.asarray((TABLE_X[0], TABLE_Y[0])), jnp.asarray((TABLE_X[1], TABLE_Y[1]))
-    return jax.random.uniform(key, (2,), minval=low, maxval=high)
-
-
-def _draw_tcp(key, scene, bias) -> Float[Array, "3"]:
-    height_key, *point_keys = jax.random.split(key, 1 + (_SPOTS if bias.coupling == "salience" else 1))
-    points = jax.vmap(_table_point)(jnp.stack(point_keys))
-    tcp = jnp.concatenate([points, jnp.zeros((len(points), 1))], axis=-1)
-    good = jax.vmap(lambda point: _cue_is_clear(dataclasses.replace(scene, tcp=point), bias))(tcp)
-    height = jax.random.uniform(height_key, (), minval=TCP_HEIGHT[0], maxval=TCP_HEIGHT[1])
-    return tcp[jnp.argmax(good)].at[2].set(height)
+def _draw_tcp(uniform, scene, bias) -> Float[Array, "3"]:
+    """A spot above the table from which the look is clear, if there is one among _SPOTS."""
+    height = _between(uniform["height"], *TCP_HEIGHT)
+    points = _table_point(uniform["tcp"])
+    tcp = jnp.concatenate([points, jnp.full((_SPOTS, 1), height)], axis=-1)
+    clear = jax.vmap(lambda point: _cue_is_clear(dataclasses.replace(scene, tcp=point), bias))(tcp)
+    return tcp[jnp.argmax(clear)]
 
 
 def _cue_is_clear(scene, bias) -> Bool[Array, ""]:

@@ -65,89 +65,83 @@ def make_cases(
     check_family(task_name)
     if n < 1:
         raise UserError(f"a split needs at least one case, got n = {n}.")
-    if split == "all_instructions":
-        scene, command, cue = _every_command(task_name, bias, seed, n, config)
-    else:
-        scene, command, cue = _draw(split, task_name, bias, config, _keys(seed, n))
-    if split == "blank":
-        return Cases(scene, command, cue, [""] * n)
-    return Cases(scene, command, cue, language.instructions(task_name, scene, command))
+    scene_key, word_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), _DOMAIN))
+    laws = split == "held_out_pairs", split == "new_backgrounds"
+    scene, command, cue = _draw(task_name, bias, config, *laws, scene_key, jnp.arange(n))
+    if split == "swapped":
+        command, cue = _swap(task_name, bias, word_key, scene)
+    elif split == "paraphrases":
+        command = _paraphrase(task_name, word_key, scene, command)
+    elif split == "all_instructions":
+        commands, cues, valid = _every_command(task_name, bias, word_key, scene)
+        rows, columns = (index[:n] for index in np.nonzero(np.asarray(valid)))
+        scene, command, cue = take(scene, rows), take(commands, (rows, columns)), take(cues, (rows, columns))
+    text = [""] * n if split == "blank" else language.instructions(task_name, scene, command)
+    return Cases(scene, command, cue, text)
 
 
-def _keys(seed, n):
-    key = jax.random.fold_in(jax.random.key(seed), _DOMAIN)
-    return jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(n))
+@functools.partial(jax.jit, static_argnums=range(5))
+def _draw(task_name, bias, config, held_out, new_background, key, indices):
+    def case(index):
+        case_key = jax.random.fold_in(key, index)
+        return sample_episode(case_key, task_name, bias, config, held_out=held_out, new_background=new_background)
+
+    return jax.vmap(case)(indices)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _draw(split, task_name, bias, config, keys):
-    draw = functools.partial(
-        sample_episode,
-        task_name=task_name,
-        bias=bias,
-        config=config,
-        held_out=split == "held_out_pairs",
-        new_background=split == "new_backgrounds",
-    )
+def _numbers(key, scene, *shape):
+    """Uniform numbers [n, *shape]: row i depends on the key and i alone."""
 
-    def case(key):
-        scene, command, cue = draw(key)
-        other_key = jax.random.fold_in(key, 1)
-        if split == "swapped":
-            command, cue = _swap(other_key, task_name, scene, bias)
-        elif split == "paraphrases":
-            template = jax.random.randint(other_key, (), *language.template_range(task_name, held_out=True))
-            command = dataclasses.replace(command, template=template)
-        return scene, command, cue
+    def row(index):
+        return jax.random.uniform(jax.random.fold_in(key, index), shape)
 
-    return jax.vmap(case)(keys)
+    return jax.vmap(row)(jnp.arange(len(scene.background)))
 
 
-def _swap(key, task_name, scene, bias):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _swap(task_name, bias, key, scene):
     """A command whose target the look does not name, and the cue: the same deed done to the object that it names.
 
     Commands whose goal and relation suit the cue's target as well come first, so that going by the look is a deed of
     its own that can be counted.
     """
+
+    def case(uniform, scene):
+        commands, valid = valid_commands(task_name, scene)
+        named = cue_target(scene, bias)
+        same_deed = (commands.goal[:, None] == commands.goal) & (commands.relation[:, None] == commands.relation)
+        suits_cue = jnp.any(same_deed & (valid & (commands.target == named)), axis=-1)
+        others = valid & (commands.target != named)
+        paired = others & suits_cue
+        weights = _evenly_by_target(commands, jnp.where(jnp.any(paired), paired, others))
+        command = sample_command(uniform[:3], task_name, scene, commands, weights)
+        return command, cue_command(uniform[3], task_name, scene, bias, command)
+
+    return jax.vmap(case)(_numbers(key, scene, 4), scene)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _paraphrase(task_name, key, scene, command):
+    def case(uniform, scene, command):
+        return word(uniform, task_name, scene, command, held_out=True)
+
+    return jax.vmap(case)(_numbers(key, scene, 2), scene, command)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _every_command(task_name, bias, key, scene):
+    """All M commands of each scene, worded, their cues, and which of them are valid."""
     commands, valid = valid_commands(task_name, scene)
-    named = cue_target(scene, bias)
-    same_deed = (commands.goal[:, None] == commands.goal) & (commands.relation[:, None] == commands.relation)
-    suits_cue = jnp.any(same_deed & (valid & (commands.target == named)), axis=-1)
-    others = valid & (commands.target != named)
-    paired = others & suits_cue
-    command_key, cue_key = jax.random.split(key)
-    chosen = jnp.where(jnp.any(paired), paired, others)
-    command = sample_command(command_key, task_name, scene, commands, _evenly_by_target(commands, chosen))
-    return command, cue_command(cue_key, task_name, scene, bias, command)
+
+    def case(uniform, scene, command):
+        cue = cue_command(uniform[2], task_name, scene, bias, command)
+        return word(uniform[:2], task_name, scene, command), cue
+
+    each = jax.vmap(jax.vmap(case, in_axes=(0, None, 0)))
+    return *each(_numbers(key, scene, valid.shape[-1], 3), scene, commands), valid
 
 
 def _evenly_by_target(commands, chosen):
     """Weights [M]: the same share for each target with a chosen command, split evenly among those commands."""
     per_target = jnp.sum((commands.target[:, None] == commands.target) & chosen, axis=-1)
     return jnp.where(chosen, 1.0 / jnp.maximum(per_target, 1), 0.0)
-
-
-def _every_command(task_name, bias, seed, n, config):
-    """The valid commands of one scene after another, n in all; every scene has at least two."""
-    scenes, commands, cues, valid = _draw_every(task_name, bias, config, _keys(seed, (n + 1) // 2))
-    rows, columns = (index[:n] for index in np.nonzero(np.asarray(valid)))
-    return take(scenes, rows), take(commands, (rows, columns)), take(cues, (rows, columns))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _draw_every(task_name, bias, config, keys):
-    def scene_cases(key):
-        scene, _, _ = sample_episode(key, task_name, bias, config)
-        commands, valid = valid_commands(task_name, scene)
-
-        def case(index, command):
-            word_key, cue_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 1), index))
-            return (
-                word(word_key, task_name, scene, command),
-                cue_command(cue_key, task_name, scene, bias, command),
-            )
-
-        worded, cues = jax.vmap(case)(jnp.arange(len(valid)), commands)
-        return scene, worded, cues, valid
-
-    return jax.vmap(scene_cases)(keys)
