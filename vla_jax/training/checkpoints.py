@@ -1,0 +1,178 @@
+"""Checkpoints: Orbax writes them in the background and a directory appears under its number only when it is complete.
+
+    run/config.json                     the resolved TrainConfig
+    run/contract.json, tokenizer.json   what the policy's arrays mean
+    run/checkpoints/<step>/             params, ema, constants: flat dictionaries of arrays
+                                        training: optimiser, random key, the objective's own state
+                                        meta: data position, last evaluation, hash of the contract (JSON)
+"""
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from vla_jax.config import from_json
+from vla_jax.data import tokenizer as tokenizers
+from vla_jax.data.contract import Contract
+from vla_jax.errors import UserError
+from vla_jax.models.normalizer import DataFacts
+from vla_jax.models.policy import Policy
+from vla_jax.training.metrics import disk_space
+from vla_jax.training.state import TrainState, abstract, merge
+from vla_jax.training.train_config import TrainConfig
+
+WEIGHTS = ("params", "ema", "constants")
+
+# Orbax reports every routine save through the root logger.
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+class Checkpoints:
+    """The checkpoints of one run: written by its training process, read by anybody."""
+
+    def __init__(self, run_dir: str | Path, keep: int = 2, write: bool = False):
+        """keep: newest checkpoints that are kept. write: also removes what a killed save left behind."""
+        self.run_dir = Path(run_dir)
+        self.directory = self.run_dir / "checkpoints"
+        if not write and not self.directory.is_dir():
+            raise UserError(f"no checkpoints/ in {self.run_dir}: give the directory of a training run")
+        self._orbax = ocp.training.Checkpointer(
+            self.directory.resolve(),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=write,
+        )
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first."""
+        return [checkpoint.step for checkpoint in self._orbax.checkpoints]
+
+    def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
+        """Copies the state and writes it in the background; waits for an earlier save that is still being written."""
+        if step in self.steps:
+            return
+        with disk_space(self.run_dir):
+            self._orbax.save_checkpointables_async(step, {**_parts(state), "meta": meta}, force=True)
+
+    def wait(self) -> None:
+        """Returns when everything is on disk."""
+        with disk_space(self.run_dir):
+            self._orbax.wait()
+
+    def close(self) -> None:
+        """Waits and releases the files."""
+        with disk_space(self.run_dir):
+            self._orbax.close()
+
+    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
+        """The state at `step` (None: the newest), placed as `like` is, and the meta data saved with it."""
+        loaded = self._load(step, {**_parts(like), "meta": None})
+        return _from_parts(like, loaded), loaded["meta"]
+
+    def restore_weights(self, step: int | None, parts: dict[str, Any]) -> dict[str, Any]:
+        """Some of WEIGHTS at `step` (None: the newest), as dictionaries of arrays, and "meta"."""
+        return self._load(step, {**parts, "meta": None})
+
+    def _load(self, step: int | None, wanted: dict[str, Any]) -> dict[str, Any]:
+        steps = self.steps
+        if not steps or step not in (None, *steps):
+            there = f"; complete are {', '.join(map(str, steps))}" if steps else ": none is complete"
+            raise UserError(f"no checkpoint {'' if step is None else f'{step} '}in {self.directory}{there}")
+        step = steps[-1] if step is None else step
+        path = self.directory / str(step)
+        missing = [name for name in wanted if not (path / name).is_dir()]
+        if missing:
+            raise UserError(f"checkpoint {path} is incomplete: {', '.join(missing)} missing; {_instead(step, steps)}")
+        try:
+            return self._orbax.load_checkpointables(step, wanted)
+        except Exception as error:  # Orbax has as many types of error as a directory has files
+            raise UserError(f"checkpoint {path} is damaged ({_short(error)}); {_instead(step, steps)}") from error
+
+
+def load_policy(run_dir: str | Path, step: int | None = None, ema: bool = True) -> tuple[Policy, Contract, TrainConfig]:
+    """The policy of a training run, ready to act.
+
+    Args:
+        run_dir: the --workdir of experiments.train.
+        step: of the checkpoint; None is the newest.
+        ema: the averaged weights, where the run keeps them (optimizer.ema_decay > 0).
+
+    Raises:
+        UserError: says which part of the run directory is missing or damaged.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise UserError(f"no run directory {run_dir}: train one with python -m experiments.train --workdir={run_dir}")
+    config = load_config(run_dir)
+    contract = Contract.load(run_dir / "contract.json")
+    graphdef, params, constants = abstract(policy_maker(config, contract))
+    weights = "ema" if ema and config.optimizer.ema_decay else "params"
+    checkpoints = Checkpoints(run_dir)
+    loaded = checkpoints.restore_weights(step, {weights: params, "constants": constants})
+    checkpoints.close()
+    if loaded["meta"]["contract"] != contract_id(contract):
+        raise UserError(f"{run_dir}/contract.json is not the contract of its checkpoints: restore the file of this run")
+    return merge(graphdef, loaded[weights], loaded["constants"]), contract, config
+
+
+def load_config(run_dir: str | Path) -> TrainConfig:
+    """The resolved configuration of a run."""
+    path = Path(run_dir) / "config.json"
+    if not path.is_file():
+        raise UserError(f"no config.json in {run_dir}: the run directory is incomplete")
+    try:
+        return from_json(TrainConfig, path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: restore it from the run that wrote it") from error
+
+
+def policy_maker(config: TrainConfig, contract: Contract):
+    """A function of `nnx.Rngs` that builds the run's policy."""
+    facts = policy_facts(contract)
+    return lambda rngs: Policy(config.policy, facts, rngs)
+
+
+def policy_facts(contract: Contract) -> DataFacts:
+    """What a policy needs to know of its contract."""
+    sizes = set(contract.images.values())
+    if len(sizes) != 1 or len(set(next(iter(sizes)))) != 1:
+        raise UserError(f"the policy reads square images of one size; the dataset has {dict(contract.images)}")
+    bounds = [tuple(map(float, bound)) for bound in (*contract.action_bounds(), *contract.state_bounds())]
+    vocabulary = tokenizers.from_json(contract.tokenizer).get_vocab_size()
+    return DataFacts(vocabulary, contract.max_tokens, next(iter(sizes))[0], *bounds)
+
+
+def contract_id(contract: Contract) -> str:
+    """A short hash of the whole contract."""
+    return hashlib.sha256(contract.to_json().encode()).hexdigest()[:16]
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+    """The checkpointables of a state; empty groups are left out."""
+    rest = {"step": state.step, "opt_state": state.opt_state, "gate_state": state.gate_state, "key": state.key}
+    leaves = jax.tree_util.tree_leaves_with_path(rest)
+    training = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    weights = {name: getattr(state, name) for name in WEIGHTS if getattr(state, name)}
+    return {**weights, "training": training}
+
+
+def _from_parts(like: TrainState, parts: dict[str, Any]) -> TrainState:
+    rest = {"step": like.step, "opt_state": like.opt_state, "gate_state": like.gate_state, "key": like.key}
+    paths, structure = jax.tree_util.tree_flatten_with_path(rest)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+    rest = jax.tree_util.tree_unflatten(structure, [parts["training"][name] for name in names])
+    return TrainState(**{name: parts.get(name, {}) for name in WEIGHTS}, **rest)
+
+
+def _instead(step: int, steps: list[int]) -> str:
+    others = [str(other) for other in steps if other != step]
+    return f"use step {' or '.join(others)}" if others else "there is no other"
+
+
+def _short(error: Exception) -> str:
+    text = str(error).strip().splitlines() or [type(error).__name__]
+    return text[0][:160]

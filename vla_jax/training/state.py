@@ -1,0 +1,83 @@
+"""Everything that a training step changes, as one pytree, and its way in and out of an `nnx` module."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Int, UInt32
+
+FlatArrays = dict[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """One training run between two steps. Parameters are flat: {"trunk/norm/scale": array}."""
+
+    step: Int[Array, ""]  # updates done
+    params: FlatArrays  # nnx.Param of the module: what is trained
+    constants: FlatArrays  # every other variable of the module
+    ema: FlatArrays  # averaged params; {} where none are kept
+    opt_state: Any
+    gate_state: Any  # the objective's own state
+    key: UInt32[Array, "2"]  # data of the run's random key; a step uses fold_in(key, step)
+
+
+def flatten(state: nnx.State) -> FlatArrays:
+    """{"trunk/norm/scale": array}"""
+    return {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.pure(state))}
+
+
+def unflatten(flat: FlatArrays) -> nnx.State:
+    """The inverse of `flatten`; numbers in paths are places in lists."""
+    paths = {tuple(int(part) if part.isdigit() else part for part in path.split("/")): path for path in flat}
+    return nnx.from_flat_state([(path, flat[name]) for path, name in paths.items()])
+
+
+def merge(graphdef: nnx.GraphDef, params: FlatArrays, constants: FlatArrays) -> nnx.Module:
+    """The module with these arrays in it."""
+    return nnx.merge(graphdef, unflatten({**params, **constants}))
+
+
+def abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, FlatArrays, FlatArrays]:
+    """(graphdef, params, constants) of the module that `make` builds, as shapes only: nothing is computed."""
+    graphdef, params, constants = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param, ...)
+    return graphdef, flatten(params), flatten(constants)
+
+
+def initial_state(
+    make: Callable[[nnx.Rngs], nnx.Module],
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    gate_state: Any,
+    ema: bool,
+) -> TrainState:
+    """The state before the first step, computed in one compiled program."""
+
+    def init(key: Array) -> TrainState:
+        weights_key, run_key = jax.random.split(key)
+        _, params, constants = nnx.split(make(nnx.Rngs(weights_key)), nnx.Param, ...)
+        params = flatten(params)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            constants=flatten(constants),
+            ema=jax.tree.map(jnp.copy, params) if ema else {},
+            opt_state=optimizer.init(params),
+            gate_state=gate_state,
+            key=jax.random.key_data(run_key),
+        )
+
+    return jax.jit(init)(jax.random.key(seed))
+
+
+def trained_module(graphdef: nnx.GraphDef, state: TrainState, averaged: bool = True) -> nnx.Module:
+    """The module with the state's weights: the averaged ones where they are kept and `averaged` asks for them.
+
+    It shares the state's arrays, which the next training step takes over: use it before that, and keep nothing of it.
+    """
+    return merge(graphdef, state.ema if averaged and state.ema else state.params, state.constants)

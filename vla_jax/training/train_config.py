@@ -1,0 +1,63 @@
+"""All settings of a training run."""
+
+import dataclasses
+
+from vla_jax.data.loader import DataConfig
+from vla_jax.errors import UserError
+from vla_jax.evaluation.evaluate import EvalConfig
+from vla_jax.losses.objective import LossConfig
+from vla_jax.models.policy import PolicyConfig
+from vla_jax.training.optimizer import OptimizerConfig
+
+# What may change when a run is resumed, because no weight depends on it (`steps` moves the end of the schedule).
+FREE_ON_RESUME = (
+    "steps", "arm", "eval.", "log_every", "validate_every", "validation_batches", "eval_every", "checkpoint_every",
+    "keep_checkpoints", "data.directory", "data.threads", "data.workers", "data.prefetch", "data.cache_mb",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    Attributes:
+        data, policy, loss, optimizer, eval: see there. `data.batch_size` is the global batch.
+        arm: name of the policy in tables.
+        seed: of the first weights and of the noise; the order of the data has its own, `data.seed`.
+        steps: updates.
+        log_every: steps between lines of metrics.
+        validate_every: steps between held-out losses, each over `validation_batches` batches; 0 is never.
+        eval_every: steps between closed-loop evaluations, with one more after the last step; 0 is never.
+        checkpoint_every: steps between checkpoints, with one more after the last step.
+        keep_checkpoints: newest checkpoints that are kept.
+    """
+
+    data: DataConfig = DataConfig()
+    policy: PolicyConfig = PolicyConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    eval: EvalConfig = EvalConfig()
+    arm: str = "policy"
+    seed: int = 0
+    steps: int = 2000
+    log_every: int = 50
+    validate_every: int = 500
+    validation_batches: int = 4
+    eval_every: int = 1000
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+
+    def __post_init__(self):
+        for name in ("steps", "log_every", "validation_batches", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("seed", "validate_every", "eval_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}: it must not be negative")
+        if self.data.chunk != self.policy.chunk:
+            raise UserError(f"data.chunk is {self.data.chunk} and policy.chunk is {self.policy.chunk}: set both alike")
+
+
+def must_match_on_resume(key: str) -> bool:
+    """Whether a dotted key of the configuration has to be the same as when the run began."""
+    return not any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE_ON_RESUME)

@@ -1,0 +1,212 @@
+"""A training run: its directory, its data, its policy, and the loop."""
+
+import dataclasses
+import functools
+import json
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from vla_jax.config import diff, to_json
+from vla_jax.data.contract import Contract, compute_contract
+from vla_jax.data.loader import make_loader
+from vla_jax.errors import UserError
+from vla_jax.evaluation.evaluate import Evaluator, format_table
+from vla_jax.evaluation.results import save_results, write_atomically
+from vla_jax.losses.llr import initial_gate
+from vla_jax.losses.objective import objective
+from vla_jax.training.checkpoints import Checkpoints, contract_id, load_config, policy_maker
+from vla_jax.training.loop import Loop, first, mean_losses
+from vla_jax.training.mesh import check_batch_size, make_mesh, place_batch, replicate
+from vla_jax.training.metrics import MetricsWriter, disk_space
+from vla_jax.training.optimizer import make_optimizer, make_schedule
+from vla_jax.training.state import TrainState, abstract, initial_state, trained_module
+from vla_jax.training.step import make_step, make_validation
+from vla_jax.training.train_config import TrainConfig, must_match_on_resume
+
+PACKAGES = ("vla_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "mujoco")
+
+
+def train(config: TrainConfig, workdir: str | Path, resume: bool = False, resume_command: str | None = None) -> Path:
+    """Trains a policy and returns its run directory.
+
+    Args:
+        config: the resolved settings.
+        workdir: the run directory; it must be empty, or hold this run and `resume` be set.
+        resume: go on after the newest checkpoint, exactly as if the run had not stopped.
+        resume_command: what a stopped run tells the user to type; by default the command line of this process.
+
+    Raises:
+        UserError: anything that the user can put right; nothing that was there is overwritten.
+        loop.Stopped: after Ctrl-C or SIGTERM, with the state saved.
+    """
+    run_dir = Path(workdir)
+    mesh = make_mesh()
+    check_batch_size(config.data.batch_size, mesh)
+    contract = compute_contract(config.data.directory) if config.data.directory else _no_data()
+    _check_run_dir(run_dir, config, contract, resume)
+    data = make_loader(config.data, contract, jax.process_index(), jax.process_count())
+    graphdef, shapes, _ = abstract(policy_maker(config, contract))
+    optimizer = make_optimizer(config.optimizer, config.steps, shapes)
+    loss = functools.partial(_objective, config=config.loss)
+    averaged = config.optimizer.ema_decay > 0
+    state = initial_state(policy_maker(config, contract), optimizer, config.seed, initial_gate(), averaged)
+    state = replicate(state, mesh)
+    validate = _validation(config, contract, graphdef, loss, mesh)
+    evaluate = _evaluation(config, contract, graphdef, run_dir)
+    _describe(config, contract, shapes, run_dir)
+    with disk_space(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _write_run_files(run_dir, config, contract)
+    checkpoints = Checkpoints(run_dir, config.keep_checkpoints, write=True)
+    state, meta = _restore(checkpoints, state, data, resume)
+    writer = MetricsWriter(run_dir, int(state.step))
+    schedule = make_schedule(config.optimizer, config.steps)
+    loop = Loop(
+        config,
+        state,
+        make_step(graphdef, loss, optimizer, schedule, config.optimizer.ema_decay),
+        data,
+        checkpoints,
+        writer,
+        place=functools.partial(place_batch, mesh=mesh),
+        validate=validate,
+        evaluate=evaluate,
+        meta={"contract": contract_id(contract)},
+        evaluated=meta.get("evaluated", 0),
+        resume_command=resume_command or command_to_resume(),
+    )
+    try:
+        loop.run()
+    finally:
+        data.close()
+        writer.close()
+        checkpoints.close()
+    return run_dir
+
+
+def command_to_resume() -> str:
+    """The command line of this process, with --resume."""
+    command = [argument for argument in sys.orig_argv if not argument.startswith("--resume")]
+    return shlex.join([*command, "--resume"])
+
+
+def _objective(policy, batch, key, gate_state, *, config):
+    return objective(policy, batch, key, config, gate_state)
+
+
+def _no_data() -> Contract:
+    raise UserError("data.directory is not set: give the path that python -m experiments.collect printed")
+
+
+def _check_run_dir(run_dir: Path, config: TrainConfig, contract: Contract, resume: bool) -> None:
+    """Raises UserError unless the directory is free, or `resume` fits what it holds."""
+    if not run_dir.exists() or not any(run_dir.iterdir()):
+        return
+    if not resume:
+        raise UserError(f"{run_dir} is not empty: add --resume to go on with that run, or choose another --workdir")
+    Contract.load(run_dir / "contract.json").check(contract, f"the dataset at {config.data.directory}")
+    changed = {key: pair for key, pair in diff(load_config(run_dir), config).items() if must_match_on_resume(key)}
+    if changed:
+        listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
+        raise UserError(
+            f"cannot resume {run_dir} with other settings: {listed}. Choose another --workdir for a new run"
+        )
+
+
+def _restore(checkpoints: Checkpoints, state: TrainState, data: Any, resume: bool) -> tuple[TrainState, dict[str, Any]]:
+    """The newest checkpoint, and the data moved to its position; the given state where there is none yet."""
+    if not resume:
+        return state, {}
+    if not checkpoints.steps:
+        print("no checkpoint yet: starting at step 0")
+        return state, {}
+    state, meta = checkpoints.restore(state)
+    data.set_state(meta["data"])
+    print(f"resumed at step {int(state.step)}")
+    return state, meta
+
+
+def _validation(config: TrainConfig, contract: Contract, graphdef, loss, mesh):
+    """A function of the state that gives the mean losses on the same held-out batches with the same noise; or None."""
+    if not config.validate_every:
+        return None
+    held_out = make_loader(
+        dataclasses.replace(config.data, split="held_out", workers=0),
+        contract,
+        jax.process_index(),
+        jax.process_count(),
+    )
+    batches = first(held_out, config.validation_batches)
+    held_out.close()
+    compiled, key = make_validation(graphdef, loss), jax.random.key(config.seed)
+
+    def validate(state: TrainState) -> dict[str, float]:
+        placed = (place_batch({k: v for k, v in b.items() if k not in ("episode", "step")}, mesh) for b in batches)
+        return mean_losses(compiled(state, batch, jax.random.fold_in(key, i)) for i, batch in enumerate(placed))
+
+    return validate
+
+
+def _evaluation(config: TrainConfig, contract: Contract, graphdef, run_dir: Path):
+    """A function of (state, step) that judges the policy in closed loop, saves and prints the rows; or None."""
+    if not config.eval_every:
+        return None
+    evaluator = Evaluator(contract, config.eval)
+
+    def evaluate(state: TrainState, step: int) -> list[dict[str, Any]]:
+        results = evaluator(trained_module(graphdef, state), arm=config.arm, step=step)
+        with disk_space(run_dir):
+            save_results(run_dir, results)
+        print(f"\nclosed loop after {step} steps ({results.seconds:.0f} s)\n{format_table(results.rows)}", flush=True)
+        return results.rows
+
+    return evaluate
+
+
+def _describe(config: TrainConfig, contract: Contract, shapes: dict, run_dir: Path) -> None:
+    count = sum(leaf.size for leaf in shapes.values())
+    print(f"{config.arm}: {count / 1e6:.2f} M parameters, {config.steps} steps of {config.data.batch_size} samples")
+    print(f"data: {contract.dataset} ({contract.fingerprint[:12]})   run: {run_dir}", flush=True)
+
+
+def _write_run_files(run_dir: Path, config: TrainConfig, contract: Contract) -> None:
+    write_atomically(run_dir / "tokenizer.json", contract.tokenizer)
+    contract.save(run_dir / "contract.json")
+    write_atomically(run_dir / "config.json", to_json(config) + "\n")
+    path = run_dir / "provenance.json"
+    starts = json.loads(path.read_text()) if path.is_file() else []
+    write_atomically(path, json.dumps([*starts, provenance(contract)], indent=1) + "\n")
+
+
+def provenance(contract: Contract) -> dict[str, Any]:
+    """What this start of a run depended on: command, commit, versions, devices, data."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(sys.orig_argv),
+        "commit": git_commit(),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "devices": [str(device.device_kind) for device in jax.devices()],
+        "data": {"name": contract.dataset, "fingerprint": contract.fingerprint},
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of this source tree, with "+changes" where files differ from it; None outside a git checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
