@@ -1,10 +1,12 @@
 """A hand that floats: three slides and a turn about the vertical carry it, without an arm. For fast tests."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from vla_jax.envs.kinematics import Kinematics
 
+HOME = np.zeros(4, np.float32)
 JOINTS = 4  # x, y, z (metres) and yaw (radians) of the tcp
 
 DEFAULTS = """<default class="carriage"><joint armature="0.1" damping="0"/></default>"""

@@ -53,8 +53,8 @@ def hand(pos: str, quat: str) -> str:
         return f"""
         <body name="{name}" pos="0 0 0.0584" quat="{turn}" gravcomp="1">
           <inertial mass="0.015" pos="0 0 0" diaginertia="2.375e-6 2.375e-6 7.5e-7"/>
-          <joint name="{name}" type="slide" axis="0 1 0" range="0 0.04" damping="10" armature="0.01"/>
-          <geom name="{name}" type="box" size="0.01 0.006 0.0235" pos="0 0.006 0.03" contype="0" conaffinity="2"
+          <joint name="{name}" type="slide" axis="0 1 0" range="0 0.04" damping="10" armature="0.1"/>
+          <geom name="{name}" type="box" size="0.01 0.008 0.0235" pos="0 0.008 0.03" contype="0" conaffinity="2"
             rgba="0.30 0.30 0.32 1" mass="0"/>
         </body>"""
 
@@ -119,8 +119,8 @@ def mjcf(embodiment: str) -> str:
   </worldbody>
   <actuator>
     {robot.ACTUATORS}
-    <position name="finger_left" joint="finger_left" kp="350" kv="10" ctrlrange="0 0.04" forcerange="-100 100"/>
-    <position name="finger_right" joint="finger_right" kp="350" kv="10" ctrlrange="0 0.04" forcerange="-100 100"/>
+    <position name="finger_left" joint="finger_left" kp="350" kv="40" ctrlrange="0 0.04" forcerange="-100 100"/>
+    <position name="finger_right" joint="finger_right" kp="350" kv="40" ctrlrange="0 0.04" forcerange="-100 100"/>
   </actuator>
 </mujoco>"""
 

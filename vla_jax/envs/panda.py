@@ -21,16 +21,17 @@ WIDE, ELBOW, WRIST = 2.8973, (-3.0718, -0.0698), (-0.0175, 3.7525)
 LIMITS = np.array(
     [(-WIDE, WIDE), (-1.7628, 1.7628), (-WIDE, WIDE), ELBOW, (-WIDE, WIDE), WRIST, (-WIDE, WIDE)], np.float32
 )
-GAINS = ((4500, 450, 87),) * 2 + ((3500, 350, 87),) * 2 + ((2000, 200, 12),) * 3  # N m/rad, N m s/rad, N m
+# Servo stiffness (N m/rad), servo damping, joint damping (N m s/rad) and largest torque (N m).
+GAINS = ((1000, 20, 40, 87),) * 2 + ((750, 4, 40, 87),) * 2 + ((300, 2, 2, 12),) * 3
 DAMPING = 0.05  # of the least squares, metres and radians alike
 REACH_ITERATIONS, REST_ITERATIONS = 3, 40
 
-DEFAULTS = """<default class="panda"><joint armature="0.1" damping="1" axis="0 0 1"/></default>"""
+DEFAULTS = """<default class="panda"><joint armature="0.1" axis="0 0 1"/></default>"""
 
 ACTUATORS = "".join(
     f'<position name="joint{i + 1}" joint="joint{i + 1}" kp="{kp}" kv="{kv}" forcerange="-{force} {force}" '
     f'ctrlrange="{low} {high}"/>'
-    for i, ((kp, kv, force), (low, high)) in enumerate(zip(GAINS, LIMITS.tolist()))
+    for i, ((kp, kv, _, force), (low, high)) in enumerate(zip(GAINS, LIMITS.tolist(), strict=True))
 )
 
 # pos, quat, mass, centre of mass, inertia (xx yy zz xy xz yz), and the drawn capsule (from, to, radius) of links 1 to 7.
@@ -61,7 +62,7 @@ def arm(hand) -> str:
         inner = f"""
     <body name="link{i}" pos="{pos}" quat="{quat}" gravcomp="1" childclass="panda">
       <inertial mass="{mass}" pos="{com}" fullinertia="{inertia}"/>
-      <joint name="joint{i}" range="{low} {high}"/>
+      <joint name="joint{i}" range="{low} {high}" damping="{GAINS[i - 1][2]}"/>
       <geom name="robot{i}" type="capsule" fromto="{ends}" size="{radius}" rgba="{shade}" class="drawn"/>
       {inner}
     </body>"""

@@ -3,10 +3,14 @@
 import difflib
 
 from vla_jax.envs.tasks.base import Task
+from vla_jax.envs.tasks.pick import Pick
+from vla_jax.envs.tasks.place_on import PlaceOn
+from vla_jax.envs.tasks.place_relative import PlaceRelative
+from vla_jax.envs.tasks.push import Push
 from vla_jax.envs.tasks.reach import Reach
 from vla_jax.errors import UserError
 
-TASKS: dict[str, Task] = {task.name: task for task in (Reach(),)}
+TASKS: dict[str, Task] = {task.name: task for task in (Reach(), Push(), Pick(), PlaceOn(), PlaceRelative())}
 
 
 def get_task(name: str) -> Task:

@@ -10,10 +10,11 @@ Axis legend: B scenes, P phases, N object slots.
 import abc
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from vla_jax.envs.control import MAX_STEP, MAX_TURN, wrap
+from vla_jax.envs.control import clip_action, wrap
 from vla_jax.envs.kinematics import yaw_of
 from vla_jax.envs.physics import Bodies
 from vla_jax.envs.scene import OBJECT_HALF, Command, Scene
@@ -26,6 +27,7 @@ CARRY = 0.12
 GRASP_HEIGHT = 0.02
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """An expert's phases, one row each, for the present state."""
@@ -66,15 +68,8 @@ class Task(abc.ABC):
         phase = jnp.where(_row(plan.lost, phase), 0, jnp.minimum(phase + _row(plan.done, phase), last))
         move = _row(plan.position, phase) - bodies.tcp_position
         turn = wrap(_row(plan.yaw, phase) - yaw_of(bodies.tcp_rotation))
-        action = jnp.concatenate(
-            [
-                jnp.clip(move, -MAX_STEP, MAX_STEP),
-                jnp.clip(turn, -MAX_TURN, MAX_TURN)[:, None],
-                _row(plan.opening, phase)[:, None],
-            ],
-            -1,
-        )
-        return action, phase
+        action = jnp.concatenate([move, turn[:, None], _row(plan.opening, phase)[:, None]], -1)
+        return clip_action(action), phase
 
 
 def _row(table: Array, phase: Int[Array, "B"]) -> Array:
@@ -122,7 +117,19 @@ def grasp_yaw(bodies: Bodies, target: Int[Array, "B"]) -> Float[Array, "B"]:
     return square_yaw(yaw, jnp.zeros_like(yaw))
 
 
+def above(bodies: Bodies, point: Float[Array, "B 3"]) -> Float[Array, "B 3"]:
+    """`point` at travelling height; reached by rising first when the hand is low and has some way to go."""
+    low = bodies.tcp_position[:, 2] < HOVER - 0.03
+    far = jnp.linalg.norm(bodies.tcp_position[:, :2] - point[:, :2], axis=-1) > 0.03
+    return height(jnp.where((low & far)[:, None], bodies.tcp_position, point), HOVER)
+
+
 def stack(*rows) -> Array:
     """Phase rows as one table; scalars are broadcast."""
     shape = jnp.broadcast_shapes(*(jnp.shape(row) for row in rows))
     return jnp.stack([jnp.broadcast_to(row, shape) for row in rows])
+
+
+def join(first: Plan, second: Plan) -> Plan:
+    """The phases of two plans, one after the other."""
+    return jax.tree.map(lambda *tables: jnp.concatenate(tables), first, second)

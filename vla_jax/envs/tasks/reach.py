@@ -24,9 +24,11 @@ class Reach(Task):
 
     def plan(self, scene, command, bodies, start):
         point = height(slot(bodies.object_position, command.target), ABOVE)
+        away = jnp.linalg.norm((bodies.tcp_position - point)[:, :2], axis=-1)
+        slope = jnp.clip(0.5 * (away - 0.03), 0.0, 0.05)  # come down on the object, over the others
         still = jnp.zeros_like(bodies.opening)
         return Plan(
-            position=stack(point),
+            position=stack(point.at[:, 2].add(slope)),
             yaw=stack(still),
             opening=stack(still + MAX_OPENING),
             done=stack(within(bodies, point, RADIUS, RADIUS)),
