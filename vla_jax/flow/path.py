@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 
-def point(noise: Float[Array, "*B C A"], data: Float[Array, "*B C A"], time: Float[Array, "*B"]) -> Float[Array, "*B C A"]:
+def point(
+    noise: Float[Array, "*B C A"], data: Float[Array, "*B C A"], time: Float[Array, "*B"]
+) -> Float[Array, "*B C A"]:
     """x_t = (1 - t) noise + t data."""
     t = time[..., None, None]
     return (1 - t) * noise + t * data
@@ -23,7 +25,7 @@ def velocity(noise: Float[Array, "*B C A"], data: Float[Array, "*B C A"]) -> Flo
     return data - noise
 
 
-def sample_time(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
+def sample_time(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, ...]:
     """t = (0.999 - b) / 0.999 with b ~ Beta(1.5, 1) cut at 0.999: in [0, 1], mean about 0.4, so noise is favoured.
 
     The distribution function of Beta(1.5, 1) is b^1.5, which is inverted exactly.

@@ -1,8 +1,8 @@
 """The log-likelihood ratio of the instruction between the two branches.
 
-BayesianVLA / LangForce (arXiv 2601.15197), Eq. 7: L_LLR = log p(l | v, H_Q of the prior) - sg(log p(l | v)), a mean over tokens.
-As the second part is not differentiated, the gradient is that of an instruction language-model loss on the ordering
-[v, Q, l]; the second part moves the logged value, and chooses and weighs tokens when the two options below are on.
+BayesianVLA / LangForce (arXiv 2601.15197), Eq. 7: L_LLR = log p(l | v, H_Q of the prior) - sg(log p(l | v)), a mean
+over tokens. As the second part is not differentiated, the gradient is that of an instruction language-model loss on the
+ordering [v, Q, l]; the second part moves the logged value, and chooses and weighs tokens when the options below are on.
 
 Axes: B batch, L instruction length, V vocabulary.
 """
@@ -51,8 +51,9 @@ def log_likelihood_ratio(
     """LLR of each sample, and the new gate state.
 
     hard_tokens: keep only this many tokens of each sample, those that the posterior ordering's p(l | v) finds most
-        surprising (0 keeps all). gate: weigh samples by sigmoid((0.7 m - N) / 0.5), N = -log p(l | v) a token, m its running mean
-        (decay 0.99, set by the first batch): instructions that the image gives away count more.
+        surprising (0 keeps all).
+    gate: weigh samples by sigmoid((0.7 m - N) / 0.5), where N = -log p(l | v) a token and m is its running mean (decay
+        0.99, set by the first batch): instructions that the image gives away count more.
     """
     carried = mask.any(-1)
     prior = token_log_likelihood(prior_logits, tokens)

@@ -1,7 +1,7 @@
 """The BayesianVLA objective and its arms.
 
-(1 - lambda) FM(posterior) + lambda FM(prior) - beta LLR + gamma (-log p(l | v)): BayesianVLA / LangForce (arXiv 2601.15197), Eq. 9,
-plus the auxiliary language loss of its Tab. 10.
+(1 - lambda) FM(posterior) + lambda FM(prior) - beta LLR + gamma (-log p(l | v)): BayesianVLA / LangForce (arXiv
+2601.15197), Eq. 9, plus the auxiliary language loss of its Tab. 10.
 
 | arm | policy.conditioning | prior_weight | llr_weight |
 |---|---|---|---|
@@ -66,8 +66,8 @@ def objective(
 ) -> tuple[Float[Array, ""], tuple[dict[str, Term], GateState]]:
     """The scalar to minimise, every term of it, and the new gate state.
 
-    batch: images uint8[B, H, W, 3] by view, state float32[B, F] and actions float32[B, C, A] in SI units, action_mask bool[B, C], tokens
-    int32[B, L], token_mask bool[B, L]. The loss is the sum of weight x value over the terms.
+    batch: images uint8[B, H, W, 3] by view, state float32[B, F] and actions float32[B, C, A] in SI units, action_mask
+    bool[B, C], tokens int32[B, L], token_mask bool[B, L]. The loss is the sum of weight x value over the terms.
     """
     tokens, mask = batch["tokens"], batch["token_mask"]
     readings = policy.encode(batch["images"], tokens, mask, config.branches)
@@ -107,7 +107,8 @@ def _flow_terms(
     condition: Condition = jax.tree.map(lambda *parts: jnp.concatenate(parts), *conditions)
     drawn: Draw = jax.tree.map(lambda *parts: jnp.concatenate(parts), *draws)
     errors = flow_matching(
-        policy, condition, jnp.concatenate([actions] * count), jnp.concatenate([mask] * count), drawn, dropout_key)
+        lambda x, t: policy.velocity(x, t, condition, dropout_key), jnp.concatenate([actions] * count),
+        jnp.concatenate([mask] * count), drawn)
     carried = mask.any(-1)
     return {name: term(error, carried, weight)
             for (name, weight), error in zip(weights.items(), jnp.split(errors, count), strict=True)}

@@ -15,8 +15,8 @@ from vla_jax.errors import UserError
 
 
 class Term(NamedTuple):
-    """value: mean over the samples that carried the term. valid_fraction: their share of the batch. weight: what the value
-    was multiplied by in the objective; 0 for a term that is only logged."""
+    """value: mean over the samples that carried the term. valid_fraction: their share of the batch. weight: what the
+    value was multiplied by in the objective; 0 for a term that is only logged."""
 
     value: Float[Array, ""]
     valid_fraction: Float[Array, ""]
@@ -38,8 +38,8 @@ def check_terms(terms: Mapping[str, Term]) -> None:
 
     A public implementation of BayesianVLA trained for months with a key loss that silently skipped every sample.
     """
-    for name, (value, valid_fraction, weight) in terms.items():
-        if float(weight) != 0 and float(valid_fraction) == 0:
+    for name, part in terms.items():
+        if float(part.weight) != 0 and float(part.valid_fraction) == 0:
             raise UserError(
-                f"loss term {name!r} has weight {float(weight):g}, but not one sample of the batch carried it: look at "
-                "token_mask (empty instructions?) and action_mask, or set its weight to 0")
+                f"loss term {name!r} has weight {float(part.weight):g}, but not one sample of the batch carried it: look "
+                "at token_mask (empty instructions?) and action_mask, or set its weight to 0")

@@ -1,10 +1,10 @@
 """The action expert: a diffusion transformer that gives the velocity of an action chunk.
 
-BayesianVLA / LangForce (arXiv 2601.15197) takes this head from GR00T: blocks that cross-attend to the condition alternate
-with blocks of self-attention, both steered by the flow time through scale and shift, without gates.
+BayesianVLA / LangForce (arXiv 2601.15197) takes this head from GR00T: blocks that cross-attend to the condition
+alternate with blocks of self-attention, both steered by the flow time through scale and shift, without gates.
 
-Axes: B batch, R noise draws of one sample, T query length, S key length, K key/value heads, H head width, D model width,
-C chunk length, A action width.
+Axes: B batch, R noise draws of one sample, T query length, S key length, K key/value heads, H head width, D model
+width, F proprioception width, C chunk length, A action width.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ class ExpertBlock(nnx.Module):
     def __init__(self, config: ExpertConfig, context_width: int | None, *, dtype: str, rngs: nnx.Rngs):
         self.norm = AdaptiveNorm(config.width, dtype=dtype, rngs=rngs)
         self.attention = Attention(
-            config.width, config.heads, config.width // config.heads, context_width=context_width, dtype=dtype, rngs=rngs)
+            config.width, config.heads, config.width // config.heads, context_width=context_width, dtype=dtype,
+            rngs=rngs)
         self.mlp = GeluMLP(config.width, config.hidden, dtype=dtype, rngs=rngs)
         self.dropout = config.dropout
 
@@ -131,12 +132,11 @@ class ActionExpert(nnx.Module):
         if config.width % (2 * config.heads):
             raise UserError(f"expert.width = {config.width} is not a multiple of twice expert.heads = {config.heads}")
         D, options = config.width, dict(dtype=dtype, rngs=rngs)
-        normal = lambda *shape: nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, jnp.float32))
         self.action_in = Dense(action_width, D, **options)
         self.action_time = Dense(2 * D, D, **options)
         self.action_out = Dense(D, D, **options)
-        self.position = normal(chunk, D)
-        self.future = normal(config.future_tokens, D)
+        self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), (chunk, D)))
+        self.future = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.future_tokens, D)))
         self.state_in = Dense(state_width, D, **options) if config.state_token else None
         self.state_out = Dense(D, D, **options) if config.state_token else None
         self.time_in = Dense(SINUSOID, D, **options)

@@ -1,7 +1,7 @@
 """The policy: one sequence, read by one trunk, conditions one velocity field.
 
-BayesianVLA / LangForce (arXiv 2601.15197). K latent queries stand either before the instruction (prior, [v, Q, l]: they can
-only know the scene) or after it (posterior, [v, l, Q]); the action expert sees nothing but their hidden states.
+BayesianVLA / LangForce (arXiv 2601.15197). Latent queries stand either before the instruction (prior, [v, Q, l]: they
+can only know the scene) or after it (posterior, [v, l, Q]); the action expert sees nothing but their hidden states.
 
 Axes: B batch, R noise draws of one sample, T query length, S key length, D model width, V vocabulary, Q latent queries,
 L instruction length, C chunk length, A action width.
@@ -29,8 +29,8 @@ from vla_jax.sequence.spans import Layout
 
 @dataclasses.dataclass(frozen=True)
 class PolicyConfig:
-    """conditioning: "queries" (the expert sees the latent queries only) or "tokens" (it sees all of [v, l], and there are
-    no queries: the usual baseline). dtype: of the computation; parameters are float32."""
+    """conditioning: "queries" (the expert sees the latent queries only) or "tokens" (it sees all of [v, l], and there
+    are no queries: the usual baseline). dtype: of the computation; parameters are float32."""
 
     vision: VisionConfig = VisionConfig()
     trunk: TrunkConfig = TrunkConfig()

@@ -22,7 +22,7 @@ from vla_jax.sequence.spans import Layout, Sight, sees
 
 @dataclasses.dataclass(frozen=True)
 class TrunkConfig:
-    """scan: one compiled loop over the layers instead of unrolled code. remat: recompute layers in the backward pass."""
+    """scan: one compiled loop over the layers, not unrolled code. remat: recompute layers in the backward pass."""
 
     width: int = 96
     depth: int = 3

@@ -25,12 +25,15 @@ def attend(
     """
     B, T, N, H = query.shape
     K = key.shape[2]
-    query = (query * H**-0.5).reshape(B, T, K, N // K, H)  # below, N counts the query heads of one key head
-    scores = jnp.einsum("BTKNH,BSKH->BKNTS", query, key, preferred_element_type=jnp.float32)
+    # Heads before tokens makes every product a batch of plain matrices. Below, N counts query heads of one key head.
+    query = jnp.moveaxis((query * H**-0.5).reshape(B, T, K, N // K, H), 1, 3)
+    key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
+    scores = jnp.einsum("BKNTH,BKSH->BKNTS", query, key, preferred_element_type=jnp.float32)
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, -1e30)
     weights = jax.nn.softmax(scores, -1).astype(value.dtype)
-    return jnp.einsum("BKNTS,BSKH->BTKNH", weights, value).reshape(B, T, N, H)
+    seen = jnp.einsum("BKNTS,BKSH->BKNTH", weights, value)
+    return jnp.moveaxis(seen, 3, 1).reshape(B, T, N, H)
 
 
 class Attention(nnx.Module):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
@@ -37,13 +38,17 @@ class Stack(nnx.Module):
         if self.scan:
             return lax.scan(lambda x, inputs: (apply(x, *inputs), None), x, (self.layers, each))[0]
         for index in range(self.depth):
-            layer, own = jax.tree.map(lambda leaf: leaf[index], (self.layers, each))
-            x = apply(x, layer, own)
+            x = apply(x, *_at(index, (self.layers, each)))
         return x
 
     def map(self, function: Callable[[nnx.Module], Any]) -> Any:
         """`function` of every layer, the results stacked on a leading axis."""
         if self.scan:
             return lax.map(function, self.layers)
-        results = [function(jax.tree.map(lambda leaf: leaf[index], self.layers)) for index in range(self.depth)]
-        return jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *results)
+        results = [function(_at(index, self.layers)) for index in range(self.depth)]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+
+def _at(index: int, stacked: Any) -> Any:
+    """One slice of every array."""
+    return jax.tree.map(lambda leaf: leaf[index], stacked)

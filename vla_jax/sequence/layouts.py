@@ -13,11 +13,11 @@ def branched(image: int, queries: int, text: int, room: int, branches: tuple[str
     """Image prefix followed by the prior `[Q, l]` and / or the posterior `[l, Q]` ordering of queries and text.
 
     Prior: v, Q, l, where Q sees only the image and l sees both (BayesianVLA / LangForce, arXiv 2601.15197, Sec. 3.2).
-    Posterior: v, l, Q. Both together are the packed sequence [v | Q | l | l' | Q'], in which the image is computed once.
+    Posterior: v, l, Q. Both together are the packed sequence [v | Q | l | l' | Q'], which computes the image once.
     Every token keeps the position that it would have with its branch alone.
 
-    image, queries, text: numbers of tokens. room: positions reserved for the text (>= text), so that the position of the
-    posterior's queries does not depend on how far a batch is padded. queries = 0 leaves the queries out.
+    image, queries, text: numbers of tokens. room: positions reserved for the text (>= text), so that the position of
+    the posterior's queries does not depend on how far a batch is padded. queries = 0 leaves the queries out.
     """
     unknown = [name for name in branches if name not in BRANCHES]
     if unknown or not branches:
