@@ -81,13 +81,26 @@ def make_trials(count, target=0, word=1):
     positions[:, 0], positions[:, 1] = (0.2, 0.0), (-0.1, 0.0)
     present = np.zeros((count, NUM_SLOTS), bool)
     present[:, :2] = True
-    integers = np.zeros((count, NUM_SLOTS), np.int32)
+
+    def zeros(*shape, dtype=np.float32):
+        return np.zeros((count, *shape), dtype)
+
     scene = Scene(
-        integers, integers, present, present, positions, np.zeros((count, NUM_SLOTS), np.float32),
-        np.zeros((count, NUM_ZONES), bool), np.zeros((count, NUM_ZONES, 2), np.float32),
-        np.zeros((count, 3), np.float32), np.zeros(count, np.float32), np.zeros(count, np.int32), np.zeros((count, 3), np.float32),
-        np.ones(count, np.float32), np.zeros((count, 2, 3), np.float32),
-    )  # fmt: skip
+        color=zeros(NUM_SLOTS, dtype=np.int32),
+        shape=zeros(NUM_SLOTS, dtype=np.int32),
+        present=present,
+        movable=present,
+        position=positions,
+        yaw=zeros(NUM_SLOTS),
+        zone_present=zeros(NUM_ZONES, dtype=bool),
+        zone_position=zeros(NUM_ZONES, 2),
+        tcp=zeros(3),
+        tcp_yaw=zeros(),
+        background=zeros(dtype=np.int32),
+        light=zeros(3),
+        brightness=zeros() + 1,
+        camera_shift=zeros(2, 3),
+    )
 
     def command(slot):
         zeros = np.zeros(count, np.int32)
@@ -110,8 +123,8 @@ def run_policy(policy, trials, batch=None, ticks=10, execute=2, seed=0, record=F
 
 
 def test_success_is_counted_and_latched_at_its_tick():
-    outcome, pictures = run_policy(PointPolicy(SPEED), make_trials(3))
-    assert pictures is None
+    outcome, recording = run_policy(PointPolicy(SPEED), make_trials(3))
+    assert recording is None
     # 0.05 m a tick: the object at 0.2 m is reached in tick 4, and flying past it changes nothing.
     assert outcome.success.all() and not outcome.cue_success.any()
     np.testing.assert_array_equal(outcome.ticks, 4)
@@ -177,9 +190,10 @@ def test_another_checkpoint_runs_through_the_same_program():
 
 
 def test_recording_shows_every_tick_from_the_first():
-    outcome, pictures = run_policy(PointPolicy(SPEED), make_trials(3), ticks=5, record=True, batch=2)
-    assert pictures.shape == (3, 5, 8, 8, 3) and pictures.dtype == np.uint8
-    np.testing.assert_array_equal(pictures[2, :, 0, 0, 0], [0, 5, 10, 15, 20])
+    outcome, recording = run_policy(PointPolicy(SPEED), make_trials(3), ticks=5, record=True, batch=2)
+    assert recording.pictures.shape == (3, 5, 8, 8, 3) and recording.pictures.dtype == np.uint8
+    np.testing.assert_array_equal(recording.pictures[2, :, 0, 0, 0], [0, 5, 10, 15, 20])
+    np.testing.assert_allclose(recording.path[2, :, 0], [0, 0.05, 0.1, 0.15, 0.2], atol=1e-6)
     assert outcome.success.all()
 
 

@@ -106,12 +106,18 @@ class Evaluator:
         """Draws the scenes. Raises UserError where the world does not fit the contract."""
         self.config = config
         self.world = world or World.of(contract, config)
-        contract.check_interface(interface_of(self.world.env), "the environment")
+        contract.check_interface(interface_of(self.world.env), f"the {self.world.env.task!r} table")
         self.contract = contract
         self.env = Tabletop(self.world.env)
         self._texts: dict[str, list[str]] = {}
         self._trials = {split: self._make_trials(split) for split in config.splits}
         self._run, self._film = self._compile(False), self._compile(True)
+
+    def check(self, contract: Contract, what: str) -> None:
+        """Raises UserError unless a policy of this contract can be judged on these scenes."""
+        self.contract.check_interface(contract, what)
+        if (task := contract.facts.get("task")) != self.world.env.task:
+            raise UserError(f"{what} was trained on task {task!r} and cannot be judged on {self.world.env.task!r}")
 
     def _compile(self, record: bool):
         return make_rollout(
@@ -173,12 +179,18 @@ class Evaluator:
         trials = concatenate([take_rows(self._trials[split], slice(index, index + 1)) for split, index in chosen])
         graphdef, weights = nnx.split(policy)
         parts = in_batches(self._film, graphdef, weights, trials, jax.random.key(self.config.seed), 2 * count)
-        outcome, pictures = concatenate(list(parts))
+        outcome, recording = concatenate(list(parts))
         columns = make_columns(trials, outcome, [self._texts[split][index] for split, index in chosen])
         return [
             Clip(split, text, success, stuck, frames[:ticks])
             for (split, _), text, success, stuck, ticks, frames in zip(
-                chosen, columns["text"], columns["success"], columns["stuck"], columns["ticks"], pictures, strict=True
+                chosen,
+                columns["text"],
+                columns["success"],
+                columns["stuck"],
+                columns["ticks"],
+                recording.pictures,
+                strict=True,
             )
         ]
 

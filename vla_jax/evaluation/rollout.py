@@ -47,6 +47,15 @@ class Outcome:
     nearest: Int[Array, "B"]  # object slot nearest to the tool point
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """What was seen and done, at the beginning of every tick."""
+
+    pictures: UInt8[Array, "B T H W 3"]  # front view
+    path: Float[Array, "B T 3"]  # the gripper's tool point, metres
+
+
 def rollout(
     env,
     act: Callable,
@@ -56,7 +65,7 @@ def rollout(
     execute: int,
     ticks: int,
     record: bool = False,
-) -> tuple[Outcome, UInt8[Array, "B T H W 3"] | None]:
+) -> tuple[Outcome, Recording | None]:
     """Runs `act` in closed loop on every scene; pure and traceable.
 
     Args:
@@ -67,23 +76,23 @@ def rollout(
             whatever else is in the batch.
         execute: actions of a chunk that are executed before the policy is asked again, 1 .. C.
         ticks: control ticks an episode lasts.
-        record: also return the front picture of every tick.
+        record: also return pictures and paths.
 
     Returns:
-        The outcomes and, when recording, the pictures (else None).
+        The outcomes and, when recording, the recordings (else None).
     """
     scene_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, trials.index)
     act_per_scene = jax.vmap(lambda *arguments: act(*_add_batch_axis(arguments[:-1]), arguments[-1])[0])
 
     def tick(carry, action):
         state, outcome, now = carry
-        picture = env.observe(state)["images"]["front"] if record else None
+        seen = Recording(env.observe(state)["images"]["front"], state.bodies.tcp_position) if record else None
         state = env.step(state, action)
         # A finished scene goes on moving harmlessly; what is reported of it no longer changes.
         live = ~outcome.success & (now < ticks)
         measured = _measure(state, now + 1)
         outcome = jax.tree.map(lambda new, old: jnp.where(live, new, old), measured, outcome)
-        return (state, outcome, now + 1), picture
+        return (state, outcome, now + 1), seen
 
     def replan(carry, number):
         keys = jax.vmap(jax.random.fold_in, (0, None))(scene_keys, number)
@@ -94,10 +103,9 @@ def rollout(
 
     state = env.reset(trials.scene, trials.command, trials.cue)
     start = (state, _measure(state, 0), jnp.int32(0))
-    (_, outcome, _), pictures = jax.lax.scan(replan, start, jnp.arange(math.ceil(ticks / max(execute, 1))))
-    if record:
-        pictures = jnp.moveaxis(pictures.reshape(-1, *pictures.shape[2:])[:ticks], 1, 0)
-    return outcome, pictures
+    (_, outcome, _), seen = jax.lax.scan(replan, start, jnp.arange(math.ceil(ticks / max(execute, 1))))
+    recording = jax.tree.map(lambda leaf: jnp.moveaxis(leaf.reshape(-1, *leaf.shape[2:])[:ticks], 1, 0), seen)
+    return outcome, recording
 
 
 def _add_batch_axis(tree):
@@ -132,7 +140,7 @@ def make_rollout(env, *, execute: int, ticks: int, sampler_steps: int, record: b
 
 
 def in_batches(run: Callable, graphdef, weights, trials: Trials, key: Key[Array, ""], batch: int) -> Iterator:
-    """Runs any number of trials through one fixed batch shape; yields numpy (Outcome, pictures) of the real ones.
+    """Runs any number of trials through one fixed batch shape; yields numpy (Outcome, Recording) of the real ones.
 
     The last batch is filled up with repeats of the last trial, which are dropped from what is yielded.
     """

@@ -1,0 +1,89 @@
+"""Judges trained policies in closed loop; prints the table and writes results.json and report.html.
+
+python -m experiments.evaluate --workdir=runs/x [--config.eval.scenes=1000] [--compare=runs/y,runs/z] [--report=x.html]
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vla_jax import config as configuration
+from vla_jax.errors import UserError
+from vla_jax.evaluation.evaluate import EvalConfig, Evaluator, format_table
+from vla_jax.evaluation.records import load_run
+from vla_jax.evaluation.report import require_extra, write_report
+from vla_jax.evaluation.results import Results, compare, save_results
+from vla_jax.platform import setup_compilation_cache
+from vla_jax.training.checkpoints import Checkpoints, load_policy
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """Which weights are judged, and how.
+
+    Attributes:
+        eval: see EvalConfig; what is left out is as in the first run's configuration.
+        step: of the checkpoint; None is the newest.
+        ema: averaged weights, where the run keeps them.
+    """
+
+    eval: EvalConfig = EvalConfig()
+    step: int | None = None
+    ema: bool = True
+
+
+def main(argv: Sequence[str]) -> None:
+    """Judges one run or several; see the module's text."""
+    arguments = configuration.parse_args(
+        argv, schema=EvaluateConfig, default_config="configs/evaluate.py", options=("compare", "report")
+    )
+    if arguments.workdir is None:
+        raise UserError("no run directory: give one by --workdir=DIR")
+    setup_compilation_cache()
+    others = (arguments.flags["compare"] or "").split(",")
+    run_dirs = [Path(name) for name in (arguments.workdir, *others) if name]
+    evaluate_runs(run_dirs, arguments.config.to_dict(), arguments.flags["report"])
+
+
+def evaluate_runs(run_dirs: Sequence[Path], settings: Mapping[str, Any], report: str | Path | None = None) -> Path:
+    """Judges every run on the same scenes; returns the path of the report.
+
+    Args:
+        run_dirs: --workdir of trainings; the first decides how the others are judged.
+        settings: of EvaluateConfig; `eval` may be given in part.
+        report: where the page goes; by default report.html of the first run.
+    """
+    require_extra()
+    evaluator, results, clips = None, [], {}
+    for run_dir in run_dirs:
+        policy, contract, trained = load_policy(run_dir, settings.get("step"), settings.get("ema", True))
+        if evaluator is None:
+            own = {**dataclasses.asdict(trained.eval), **settings.get("eval", {})}
+            evaluator = Evaluator(contract, configuration.resolve(EvalConfig, own, "eval"))
+        evaluator.check(contract, str(run_dir))
+        step = settings.get("step") or Checkpoints(run_dir).steps[-1]
+        results.append(evaluator(policy, trained.arm, step))
+        save_results(run_dir, results[-1])
+        clips[run_dir] = evaluator.film(policy, results[-1])
+        print(f"{format_table(results[-1].rows)}\n", flush=True)
+    print(_comparisons(results), end="")
+    path = write_report(report or run_dirs[0] / "report.html", [load_run(run_dir) for run_dir in run_dirs], clips)
+    print(f"report: {path}")
+    return path
+
+
+def _comparisons(results: Sequence[Results]) -> str:
+    """Every run against the first, as text."""
+    lines = []
+    for other in results[1:]:
+        lines.append(f"{other.arm} minus {results[0].arm}, same scenes:")
+        for split, paired in compare(results[0], other).items():
+            low, high = 100 * paired.low, 100 * paired.high
+            points = f"{100 * paired.difference:+6.1f} points  [{low:+.1f}, {high:+.1f}]"
+            lines.append(f"  {split:<20}{points}  p = {paired.p:.3g}")
+    return "".join(f"{line}\n" for line in lines)
+
+
+if __name__ == "__main__":
+    configuration.run_entry(main)
