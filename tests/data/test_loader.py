@@ -205,6 +205,15 @@ def test_cache_is_bounded_and_used(dataset_path, monkeypatch):
         cache[0]  # dropped long ago
 
 
+def test_cache_drops_what_was_used_longest_ago(dataset_path):
+    dataset = open_rlds(dataset_path)
+    cache = EpisodeCache(dataset, sum(dataset.read(number).nbytes for number in range(3)))
+    for number in (0, 1, 2, 0):
+        cache[number]
+    cache[39]
+    assert 0 in cache._episodes and 39 in cache._episodes and 1 not in cache._episodes
+
+
 def test_reader_travels_to_another_process(dataset_path, contract, config):
     reader = loading.BatchReader(open_rlds(dataset_path), contract, config)
     steps = np.array([0, len(reader) - 1, 5])

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from vla_jax.data import rlds
+from vla_jax.data.contract import compute_contract
 from vla_jax.data.episode import decode_jpeg, encode_jpeg
 from vla_jax.data.rlds import open_rlds, write_rlds
 from vla_jax.errors import UserError
@@ -244,3 +246,21 @@ def test_truncated_shard_is_a_user_error(dataset_path, tmp_path):
         dataset = open_rlds(path)
         for number in range(len(dataset)):
             dataset.read(number)
+
+
+@pytest.mark.parametrize("message", ["no instruction", "actions of step 1 are not finite"])
+def test_faulty_record_is_named_on_reading(tmp_path, episode, interface, message, monkeypatch):
+    """Records that another program wrote may hold what `write_rlds` refuses."""
+    monkeypatch.setattr(rlds, "validate", lambda *arguments: None)
+    path = write_rlds(tmp_path, "x", [episode(0), FAULTS[message](episode(1))], interface(), {})
+    with pytest.raises(UserError, match=f"episode 1 of {path}"):
+        compute_contract(path)
+
+
+def test_incomplete_description_is_refused(dataset_path, tmp_path):
+    path = copied(dataset_path, tmp_path)
+    metadata = json.loads((path / "metadata.json").read_text())
+    metadata["episode_lengths"].pop()
+    (path / "metadata.json").write_text(json.dumps(metadata))
+    with pytest.raises(UserError, match="holds 40 episodes, not 39"):
+        open_rlds(path)
