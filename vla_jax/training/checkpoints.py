@@ -1,10 +1,10 @@
 """Checkpoints: Orbax writes them in the background and a directory appears under its number only when it is complete.
 
-    run/config.json                     the resolved TrainConfig
-    run/contract.json, tokenizer.json   what the policy's arrays mean
-    run/checkpoints/<step>/             params, ema, constants: flat dictionaries of arrays
-                                        training: optimiser, random key, the objective's own state
-                                        meta: data position, last evaluation, hash of the contract (JSON)
+run/config.json                     the resolved TrainConfig
+run/contract.json, tokenizer.json   what the policy's arrays mean
+run/checkpoints/<step>/             params, ema, constants: flat dictionaries of arrays
+                                    training: optimiser, random key, the objective's own state
+                                    meta: data position, last evaluation, hash of the contract (JSON)
 """
 
 import hashlib

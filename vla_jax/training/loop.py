@@ -199,6 +199,7 @@ class Loop:
         parts = {"loss": metrics["loss"], "gradient": metrics["grad_norm"]}
         parts |= {f"term {name}": term[0] for name, term in metrics["terms"].items()}
         bad = [name for name, value in parts.items() if not math.isfinite(value)]
+        self._checkpoints.wait()  # the message names a checkpoint only if it is whole
         saved = self._checkpoints.steps
         last = f"the last good checkpoint is step {saved[-1]}" if saved else "there is no checkpoint yet"
         return (

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+import vla_jax
 from vla_jax.config import diff, to_json
 from vla_jax.data.contract import Contract, compute_contract
 from vla_jax.data.loader import make_loader
@@ -31,7 +32,7 @@ from vla_jax.training.state import TrainState, abstract, initial_state, trained_
 from vla_jax.training.step import make_step, make_validation
 from vla_jax.training.train_config import TrainConfig, must_match_on_resume
 
-PACKAGES = ("vla_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "mujoco")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "mujoco")
 
 
 def train(config: TrainConfig, workdir: str | Path, resume: bool = False, resume_command: str | None = None) -> Path:
@@ -193,7 +194,7 @@ def provenance(contract: Contract) -> dict[str, Any]:
         "command": shlex.join(sys.orig_argv),
         "commit": git_commit(),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": {"vla_jax": vla_jax.__version__, **{name: metadata.version(name) for name in PACKAGES}},
         "devices": [str(device.device_kind) for device in jax.devices()],
         "data": {"name": contract.dataset, "fingerprint": contract.fingerprint},
     }

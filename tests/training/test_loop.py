@@ -1,0 +1,239 @@
+"""The loop on a dummy model: order, guards, stops. The data is a real Grain iterator."""
+
+import errno
+import json
+import os
+import signal
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from vla_jax.errors import UserError
+from vla_jax.losses.term import term
+from vla_jax.training.checkpoints import Checkpoints
+from vla_jax.training.loop import Loop, Stopped, name_samples
+from vla_jax.training.metrics import MetricsWriter, read_metrics
+from vla_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from vla_jax.training.state import abstract, initial_state
+from vla_jax.training.step import make_step
+from vla_jax.training.train_config import TrainConfig
+
+
+class Line(nnx.Module):
+    """y = w x + b, with a constant beside it."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.layers = nnx.List([nnx.Linear(3, 1, rngs=rngs)])
+        self.offset = nnx.Variable(jnp.float32(0.5))
+
+
+def objective(model, batch, key, count):
+    noise = 0.01 * jax.random.normal(key, ())
+    error = (model.layers[0](batch["x"])[:, 0] + model.offset[...] + noise - batch["y"]) ** 2
+    terms = {"fit": term(error, batch["carried"], 1.0)}
+    return terms["fit"].value, (terms, count + 1)
+
+
+def make_data(bad_index: int | None = None, carried: bool = True, batch_size: int = 4) -> grain.DatasetIterator:
+    """An endless shuffled stream in which sample number `bad_index` is not a number."""
+
+    def sample(index: Any) -> dict[str, Any]:
+        x = np.random.default_rng(int(index)).normal(size=3).astype(np.float32)
+        y = np.float32(np.nan if index == bad_index else x.sum())
+        return {
+            "x": x,
+            "y": y,
+            "carried": np.bool_(carried),
+            "episode": np.int32(index // 10),
+            "step": np.int32(index % 10),
+        }
+
+    steps = grain.MapDataset.range(40).seed(3).shuffle().repeat().map(sample).batch(batch_size)
+    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+
+
+def make_loop(run_dir, steps=10, data=None, **changes) -> Loop:
+    run_dir.mkdir(exist_ok=True)
+    settings = dict(steps=steps, log_every=2, validate_every=0, eval_every=0, checkpoint_every=5)
+    hooks = {name: changes.pop(name) for name in ("evaluate", "validate", "resume_command") if name in changes}
+    config = TrainConfig(
+        optimizer=OptimizerConfig(warmup_steps=2, decay_steps=20, ema_decay=0.9), **(settings | changes)
+    )
+    graphdef, shapes, _ = abstract(Line)
+    optimizer = make_optimizer(config.optimizer, config.steps, shapes)
+    state = initial_state(Line, optimizer, config.seed, jnp.int32(0), ema=True)
+    checkpoints = Checkpoints(run_dir, keep=2, write=True)
+    data = make_data() if data is None else data
+    meta = {}
+    if checkpoints.steps:
+        state, meta = checkpoints.restore(state)
+        data.set_state(meta["data"])
+    step_fn = make_step(graphdef, objective, optimizer, make_schedule(config.optimizer, config.steps), 0.9)
+    writer = MetricsWriter(run_dir, int(state.step))
+    return Loop(config, state, step_fn, data, checkpoints, writer, evaluated=meta.get("evaluated", 0), **hooks)
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+def test_resuming_is_bit_exact(tmp_path):
+    whole = make_loop(tmp_path / "whole").run()
+    make_loop(tmp_path / "parts", steps=5).run()
+    loop = make_loop(tmp_path / "parts")
+    assert loop.step == 5
+    assert_same(whole, loop.run())
+    assert float(whole.params["layers/0/kernel"].sum()) != 0 and int(whole.gate_state) == 10
+    keys = ("step", "loss", "grad_norm", "learning_rate", "terms/fit")
+    lines = [
+        [{key: line[key] for key in keys} for line in read_metrics(tmp_path / name)] for name in ("whole", "parts")
+    ]
+    assert [line["step"] for line in lines[0]] == [1, 2, 4, 6, 8, 10]
+    assert [line for line in lines[1] if line["step"] >= 8] == [line for line in lines[0] if line["step"] >= 8]
+
+
+def test_constants_are_not_trained_and_the_average_moves_behind(tmp_path):
+    loop = make_loop(tmp_path / "run")
+    before = jax.device_get(loop.state.params)
+    after = jax.device_get(loop.run())
+    assert after.constants["offset"] == np.float32(0.5)
+    moved = after.params["layers/0/kernel"] - before["layers/0/kernel"]
+    averaged = after.ema["layers/0/kernel"] - before["layers/0/kernel"]
+    assert (np.abs(averaged) < np.abs(moved)).all() and (averaged * moved > 0).all()
+
+
+def test_a_loss_that_is_not_finite_names_the_batch_and_keeps_good_checkpoints(tmp_path):
+    order = [name for batch, _ in zip(make_data(), range(10), strict=False) for name in name_samples(batch).split(", ")]
+    bad = order[6 * 4 + 1]  # the second sample of the seventh batch
+    episode, step = map(int, bad.split(":"))
+    loop = make_loop(tmp_path / "run", data=make_data(bad_index=10 * episode + step))
+    with pytest.raises(UserError, match=rf"at step 7: loss.*\(episode:step\) {bad} \(numbers.*last good.*step 5"):
+        loop.run()
+    assert Checkpoints(tmp_path / "run").steps == [5]
+    assert all(np.isfinite(line["loss"]) for line in read_metrics(tmp_path / "run"))
+
+
+def test_a_batch_without_visible_fault_is_named_whole():
+    batch = {"x": np.ones((3, 2)), "episode": np.array([4, 5, 6]), "step": np.array([0, 1, 2])}
+    assert name_samples(batch) == "4:0, 5:1, 6:2"
+    assert name_samples(batch, most=2) == "4:0, 5:1 and 1 more"
+
+
+def test_a_term_that_nothing_carries_stops_at_the_first_step(tmp_path):
+    loop = make_loop(tmp_path / "run", data=make_data(carried=False), log_every=100)
+    with pytest.raises(UserError, match="'fit' has weight 1, but not one sample"):
+        loop.run()
+    assert loop.step == 1
+
+
+def test_validation_and_evaluation_come_in_order_and_are_logged(tmp_path):
+    calls = []
+
+    def evaluate(state, step):
+        calls.append(("evaluate", step))
+        return [{"split": "swapped", "successes": 1, "trials": 2, "stick": None}]
+
+    def validate(state):
+        calls.append(("validate", int(state.step)))
+        return {"loss": 0.5}
+
+    make_loop(tmp_path / "run", evaluate=evaluate, validate=validate, validate_every=5, eval_every=4).run()
+    assert calls == [
+        ("evaluate", 4), ("validate", 5), ("evaluate", 8), ("validate", 10), ("evaluate", 10)
+    ]  # fmt: skip
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [4, 8, 10]
+    assert [(line["step"], line["loss"]) for line in lines if line["kind"] == "validation"] == [(5, 0.5), (10, 0.5)]
+    shares = [sum(v for k, v in line.items() if k.startswith("time/")) for line in lines if line["kind"] == "train"]
+    assert all(0.3 < share <= 1.0 for share in shares)
+    assert any((tmp_path / "run" / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_is_saved_and_says_how_to_go_on(tmp_path, number, capsys):
+    class Stopping:
+        """Sends the signal while the third batch is waited for."""
+
+        def __init__(self, data):
+            self.data, self.taken = data, 0
+
+        def __next__(self):
+            self.taken += 1
+            if self.taken == 3:
+                os.kill(os.getpid(), number)
+            return next(self.data)
+
+        def get_state(self):
+            return self.data.get_state()
+
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    loop = make_loop(tmp_path / "run", data=Stopping(make_data()), resume_command="train --resume")
+    with pytest.raises(Stopped):
+        loop.run()
+    assert "saved step 3 of 10; go on with: train --resume" in capsys.readouterr().err
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert_same(make_loop(tmp_path / "run").run(), make_loop(tmp_path / "whole").run())
+
+
+def test_a_stop_during_the_evaluation_repeats_it_on_resumption(tmp_path):
+    steps = []
+
+    def stopped(state, step):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the evaluation went on")
+
+    def evaluate(state, step):
+        steps.append(step)
+        return []
+
+    with pytest.raises(Stopped):
+        make_loop(tmp_path / "run", evaluate=stopped, eval_every=5).run()
+    make_loop(tmp_path / "run", evaluate=evaluate, eval_every=5).run()
+    assert steps == [5, 10]
+    with pytest.raises(Stopped):
+        make_loop(tmp_path / "last", evaluate=stopped, eval_every=10).run()
+    make_loop(tmp_path / "last", evaluate=evaluate, eval_every=10).run()
+    assert steps == [5, 10, 10]
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    make_loop(tmp_path / "run", checkpoint_every=3).run()
+    assert Checkpoints(tmp_path / "run").steps == [9, 10]
+
+
+def test_metrics_after_the_restored_step_are_dropped_and_torn_lines_too(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    for step in (1, 2, 3):
+        writer.write("train", step, {"loss": 1.0 / step, "odd": float("nan")})
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "tra')
+    writer = MetricsWriter(tmp_path, 2)
+    writer.write("train", 3, {"loss": 7.0})
+    writer.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 0.5), (3, 7.0)]
+    assert lines[0]["odd"] is None
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
+    make_loop(tmp_path / "run", steps=5).run()
+    loop = make_loop(tmp_path / "run")
+    loop._writer._file = open("/dev/full", "w")  # every write fails with "no space left on device"
+    with pytest.raises(UserError, match=f"no space left for {tmp_path}/run: free some .* --resume"):
+        loop.run()
+    loop = make_loop(tmp_path / "run")
+    full = ValueError(f"RESOURCE_EXHAUSTED: write failed [{os.strerror(errno.ENOSPC)}]")  # as TensorStore puts it
+
+    def save(*arguments, **options):
+        raise full
+
+    monkeypatch.setattr(loop._checkpoints._orbax, "save_checkpointables_async", save)
+    with pytest.raises(UserError, match="no space left"):
+        loop.run()
+    assert make_loop(tmp_path / "run").step == 5

@@ -1,0 +1,202 @@
+"""Whole runs of a very small policy on a very small dataset, with everything that can go wrong around them."""
+
+import dataclasses
+import json
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from vla_jax.config import diff
+from vla_jax.data.contract import Contract
+from vla_jax.errors import UserError
+from vla_jax.training.checkpoints import Checkpoints, load_policy
+from vla_jax.training.metrics import read_metrics
+from vla_jax.training.trainer import train
+
+
+@pytest.fixture(scope="module")
+def run_dir(config, tmp_path_factory):
+    """A finished run of ten steps."""
+    return train(config, tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture
+def copy(run_dir, tmp_path):
+    """A copy of the finished run that may be damaged."""
+    return shutil.copytree(run_dir, tmp_path / "run")
+
+
+def arrays(run_dir, step=None) -> dict:
+    """Every array and the meta data of a checkpoint, as Orbax finds them."""
+    loaded = Checkpoints(run_dir)._orbax.load_checkpointables(step)
+    return {name: jax.device_get(part) for name, part in loaded.items()}
+
+
+def test_a_run_directory_tells_what_was_run(run_dir, config, dataset):
+    policy, contract, saved = load_policy(run_dir)
+    assert saved == config
+    assert json.loads((run_dir / "tokenizer.json").read_text()) == json.loads(contract.tokenizer)
+    (start,) = json.loads((run_dir / "provenance.json").read_text())
+    assert start["data"] == {"name": "tiny", "fingerprint": contract.fingerprint}
+    assert start["versions"]["jax"] == jax.__version__
+    lines = read_metrics(run_dir)
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 4, 6, 8, 10]
+    assert [line["step"] for line in lines if line["kind"] == "validation"] == [5, 10]
+    assert {"terms/fm_posterior", "terms/fm_prior", "terms/llr", "valid/llr", "grad_norm"} <= set(lines[-2])
+    assert lines[-2]["valid/llr"] == 1.0
+
+
+def test_a_loaded_policy_acts_and_carries_the_chosen_weights(run_dir):
+    observation = {"images": {"front": np.zeros((2, 16, 16, 3), np.uint8)}, "state": np.zeros((2, 2), np.float32)}
+    tokens = np.array([[2, 3, 0, 0, 0, 0]] * 2)
+    key = jax.random.key(0)
+    actions = {ema: load_policy(run_dir, ema=ema)[0].act(observation, tokens, tokens > 0, key) for ema in (True, False)}
+    assert actions[True].shape == (2, 2, 2) and np.isfinite(actions[True]).all()
+    saved = arrays(run_dir)
+    for ema, name in ((True, "ema"), (False, "params")):
+        loaded = load_policy(run_dir, ema=ema)[0]
+        np.testing.assert_array_equal(loaded.words[...], saved[name]["words"])
+    assert not np.array_equal(saved["ema"]["words"], saved["params"]["words"])
+    older = load_policy(run_dir, step=5)[0]
+    assert not np.array_equal(older.words[...], saved["ema"]["words"])
+
+
+def test_five_and_five_steps_equal_ten(config, run_dir, tmp_path):
+    # The schedule's end is fixed, so that the first half does not decay faster.
+    fixed = dataclasses.replace(config.optimizer, decay_steps=10)
+    config = dataclasses.replace(config, optimizer=fixed)
+    train(dataclasses.replace(config, steps=5), tmp_path / "run")
+    train(config, tmp_path / "run", resume=True)
+    ours, whole = arrays(tmp_path / "run"), arrays(run_dir)
+    assert ours["meta"] == whole["meta"] and whole["meta"]["data"]["batches"] == 10
+    assert set(ours) == set(whole)
+    jax.tree.map(np.testing.assert_array_equal, ours, whole)
+    assert len(json.loads((tmp_path / "run" / "provenance.json").read_text())) == 2
+
+
+def test_a_used_directory_is_never_overwritten(config, copy):
+    before = arrays(copy)
+    with pytest.raises(UserError, match="is not empty: add --resume"):
+        train(config, copy)
+    changed = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=5.0), steps=20)
+    with pytest.raises(UserError, match="optimizer.learning_rate was 0.001, is 5.0") as error:
+        train(changed, copy, resume=True)
+    assert "steps" not in str(error.value)
+    jax.tree.map(np.testing.assert_array_equal, arrays(copy), before)
+    (copy.parent / "foreign").mkdir()
+    (copy.parent / "foreign" / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="no contract at .*foreign"):
+        train(config, copy.parent / "foreign", resume=True)
+
+
+def test_another_dataset_is_refused(config, copy, other_dataset):
+    data = dataclasses.replace(config.data, directory=str(other_dataset))
+    with pytest.raises(UserError, match=f"the dataset at {other_dataset} differs in .*fingerprint"):
+        train(dataclasses.replace(config, data=data, steps=20), copy, resume=True)
+    other = Contract.load(copy / "contract.json")
+    dataclasses.replace(other, fingerprint="0" * 16).save(copy / "contract.json")
+    with pytest.raises(UserError, match="contract.json is not the contract of its checkpoints"):
+        load_policy(copy)
+
+
+@pytest.mark.parametrize(
+    ("victim", "message"),
+    [
+        ("config.json", "no config.json in .*incomplete"),
+        ("contract.json", "no contract at .*incomplete"),
+        ("checkpoints", "no checkpoints/ in"),
+        ("checkpoints/10/meta", "10 is incomplete: meta missing; use step 5"),
+        ("checkpoints/10/ema", "10 is incomplete: ema missing; use step 5"),
+        ("checkpoints/10/ema/manifest.ocdbt", "10 is damaged .*; use step 5"),
+        ("checkpoints/10/ema/d", "10 is damaged .*; use step 5"),
+    ],
+)
+def test_an_incomplete_run_says_what_is_missing(copy, victim, message):
+    path = copy / victim
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(UserError, match=message) as error:
+        load_policy(copy)
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_that_is_not_there_lists_those_that_are(copy):
+    with pytest.raises(UserError, match="no checkpoint 7 in .*complete are 5, 10"):
+        load_policy(copy, step=7)
+    for step in ("5", "10"):
+        shutil.rmtree(copy / "checkpoints" / step)
+    with pytest.raises(UserError, match="none is complete"):
+        load_policy(copy)
+    with pytest.raises(UserError, match="no run directory"):
+        load_policy(copy / "nowhere")
+
+
+def test_mistakes_are_found_before_anything_is_written(config, tmp_path):
+    target = tmp_path / "run"
+    with pytest.raises(UserError, match="data.directory is not set"):
+        train(dataclasses.replace(config, data=dataclasses.replace(config.data, directory="")), target)
+    with pytest.raises(UserError, match="set both alike"):
+        dataclasses.replace(config, data=dataclasses.replace(config.data, chunk=3))
+    scales = dataclasses.replace(config.optimizer, scales={"visoin": 0.1})
+    with pytest.raises(UserError, match="matches no parameter"):
+        train(dataclasses.replace(config, optimizer=scales), target)
+    assert not target.exists()
+
+
+def wait_for_step(run_dir, step: int, process) -> None:
+    """Returns once the other process has logged `step`."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (run_dir / "metrics.jsonl").is_file() and any(line["step"] >= step for line in read_metrics(run_dir)):
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    raise AssertionError("the run did not get there in time")
+
+
+def endless(config):
+    return dataclasses.replace(config, steps=1_000_000, log_every=1, validate_every=0, checkpoint_every=4)
+
+
+def test_kill_in_the_middle_of_saving_leaves_a_whole_checkpoint(config, start, tmp_path):
+    run_dir = tmp_path / "run"
+    process = start(endless(config), f"--workdir={run_dir}")
+    wait_for_step(run_dir, 12, process)
+    process.kill()  # some save is nearly always going on: one is due every fourth step
+    process.wait()
+    logged = max(line["step"] for line in read_metrics(run_dir))
+    newest = Checkpoints(run_dir).steps[-1]
+    assert newest % 4 == 0 and logged - newest <= 9  # a save waits for the one before it: two may be lost, never more
+    policy, _, saved = load_policy(run_dir)
+    assert np.isfinite(policy.words[...]).all()
+    train(dataclasses.replace(saved, steps=newest + 4), run_dir, resume=True)
+    assert Checkpoints(run_dir).steps[-1] == newest + 4
+
+
+def test_ctrl_c_saves_and_prints_the_command_that_goes_on(config, start, tmp_path):
+    run_dir = tmp_path / "run"
+    process = start(endless(config), f"--workdir={run_dir}")
+    wait_for_step(run_dir, 3, process)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    newest = Checkpoints(run_dir).steps[-1]
+    assert newest == max(line["step"] for line in read_metrics(run_dir))
+    assert f"saved step {newest} of 1000000; go on with: " in errors
+    command = next(line for line in errors.splitlines() if "go on with" in line).split("go on with: ")[1]
+    assert command.endswith(f"-m experiments.train --config={tmp_path}/config.py --workdir={run_dir} --resume")
+
+
+def test_the_entry_point_says_a_mistake_in_one_line(config, start):
+    process = start(config, "--config.optimizer.learning_rat=1")
+    output, errors = process.communicate(timeout=60)
+    message = "error: unknown key 'optimizer.learning_rat': did you mean 'optimizer.learning_rate'?\n"
+    assert (process.returncode, output, errors) == (2, "", message)
+
+
+def test_a_config_survives_its_file(config, run_dir):
+    assert diff(config, load_policy(run_dir)[2]) == {}
