@@ -29,19 +29,20 @@ RAMP_STEPS = 5  # physics steps in which a joint takes up its speed
 MAX_STEP = 0.05  # metres per tick
 MAX_TURN = 0.3  # radians per tick
 WORKSPACE = np.array([(0.28, 0.72), (-0.32, 0.32), (0.012, 0.40)], np.float32)  # of the tcp, metres
-EFFORT = 0.7  # share of the largest motor force that a motion may ask for; saturated servos chatter
 YAW_LIMIT = 1.9  # radians either way
-LEASH = 0.02  # metres (and radians / 5) that the set point may lead the tcp: no wind-up against an obstacle
+LEASH, LEASH_YAW = 0.02, 0.1  # metres and radians that the set point may lead the tcp: no wind-up against an obstacle
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pose:
-    """The controller's set point."""
+    """The controller's set point: where the hand should be, and the arm's joints as commanded for it."""
 
     position: Float[Array, "*B 3"]  # metres
     yaw: Float[Array, "*B"]  # radians
     opening: Float[Array, "*B"]  # metres
+    joints: Float[Array, "*B J"]  # radians (metres for a slide)
+    speed: Float[Array, "*B J"]  # the same per second
 
 
 def wrap(angle: Float[Array, "*B"]) -> Float[Array, "*B"]:
@@ -65,19 +66,6 @@ def proprioception(bodies: Bodies) -> Float[Array, "*B 6"]:
     return jnp.concatenate([bodies.tcp_position, rest], -1)
 
 
-def advance_target(target: Pose, action: Float[Array, "B 5"], bodies: Bodies) -> Pose:
-    """The set point after an action: clipped, leashed to where the tcp is, kept inside the workspace."""
-    action = clip_action(action)
-    position, yaw = bodies.tcp_position, yaw_of(bodies.tcp_rotation)
-    lead = jnp.clip(target.position - position, -LEASH, LEASH)
-    lead_yaw = jnp.clip(wrap(target.yaw - yaw), -5 * LEASH, 5 * LEASH)
-    return Pose(
-        position=jnp.clip(position + lead + action[:, :3], WORKSPACE[:, 0], WORKSPACE[:, 1]),
-        yaw=jnp.clip(yaw + lead_yaw + action[:, 3], -YAW_LIMIT, YAW_LIMIT),
-        opening=action[:, 4],
-    )
-
-
 class Controller:
     """Turns a set point into one row of actuator commands per physics step."""
 
@@ -90,31 +78,47 @@ class Controller:
         damping = model.dof_damping[:joints] - model.actuator_biasprm[:joints, 2]
         self._lag = (damping / self._gain).astype(np.float32)
         self._mass = _mass_matrix(model, self.robot.HOME)
-        limited = model.actuator_forcelimited[:joints].astype(bool)
-        self._effort = np.where(limited, EFFORT * model.actuator_forcerange[:joints, 1], np.inf).astype(np.float32)
 
-    def path(self, physics: PhysicsState, target: Pose) -> Float[Array, "B T nu"]:
-        """Joint commands that bring the tcp to the set point by the end of the tick.
+    def start(self, position: Float[Array, "B 3"], yaw: Float[Array, "B"]) -> Pose:
+        """The set point of an open hand at rest."""
+        joints = self.robot.rest(self._kinematics, position, yaw)
+        return Pose(position, yaw, jnp.full_like(yaw, MAX_OPENING), joints, jnp.zeros_like(joints))
 
-        Each joint's speed goes in a ramp from what it is to a constant that just covers the way, so that the motors need not
-        saturate; the command leads by the servo's lag (velocity feed-forward), so that the arm is where the action asked
-        it to be, and not a tick late.
+    def advance(
+        self, target: Pose, action: Float[Array, "B 5"], bodies: Bodies
+    ) -> tuple[Pose, Float[Array, "B T nu"]]:
+        """The set point after an action, and the commands that bring the tcp there by the end of the tick."""
+        position, yaw = self._move(target, clip_action(action), bodies)
+        joints = self.robot.inverse(self._kinematics, target.joints, position, yaw)
+        arm, speed = self._course(target.joints, target.speed, joints)
+        opening = jnp.clip(action[:, 4], 0.0, MAX_OPENING)
+        finger = jnp.broadcast_to(opening[:, None, None] / 2, arm.shape[:2] + (2,))
+        return Pose(position, yaw, opening, joints, speed), jnp.concatenate([arm, finger], -1)
+
+    def _move(self, target: Pose, action, bodies: Bodies):
+        """The set point moved by an action: leashed to where the tcp is, and kept inside the workspace."""
+        position, yaw = bodies.tcp_position, yaw_of(bodies.tcp_rotation)
+        lead = jnp.clip(target.position - position, -LEASH, LEASH)
+        lead_yaw = jnp.clip(wrap(target.yaw - yaw), -LEASH_YAW, LEASH_YAW)
+        position = jnp.clip(position + lead + action[:, :3], WORKSPACE[:, 0], WORKSPACE[:, 1])
+        return position, jnp.clip(yaw + lead_yaw + action[:, 3], -YAW_LIMIT, YAW_LIMIT)
+
+    def _course(self, start, speed, goal):
+        """Joint commands [B, T, J] from `start` to `goal` and the joints' speed at the end.
+
+        Each joint's speed goes in a ramp from what it was to a constant that just covers the way; the command leads by
+        the servo's lag and the arm's inertia (feed-forward), so that the arm is where the action asked it to be, and not
+        a tick late.
         """
-        joints, dt = self.robot.JOINTS, 1 / (CONTROL_HZ * SUBSTEPS)
-        start, speed = physics.qpos[:, None, :joints], physics.qvel[:, None, :joints]
-        goal = self.robot.inverse(self._kinematics, start[:, 0], target.position, target.yaw)[:, None]
+        start, speed, goal = start[:, None], speed[:, None], goal[:, None]
+        dt = 1 / (CONTROL_HZ * SUBSTEPS)
         ramp = np.minimum((np.arange(SUBSTEPS) + 1) / RAMP_STEPS, 1.0).astype(np.float32)[:, None]
         cruise = ((goal - start) / dt - speed * (1 - ramp).sum()) / ramp.sum()
-        acceleration = (cruise - speed) / (RAMP_STEPS * dt)
-        force = jnp.einsum("btj,kj->btk", acceleration, self._mass)
-        share = jnp.min(self._effort / jnp.maximum(jnp.abs(force), 1e-6), axis=-1, keepdims=True)
-        share = jnp.minimum(share, 1.0)
-        velocity = speed + share * (cruise - speed) * ramp
+        acceleration = (cruise - speed) / (RAMP_STEPS * dt) * (np.arange(SUBSTEPS) < RAMP_STEPS)[:, None]
+        velocity = speed + (cruise - speed) * ramp
         position = start + (jnp.cumsum(velocity, axis=1) - velocity) * dt  # at the beginning of each physics step
-        push = share * force / self._gain * (np.arange(SUBSTEPS) < RAMP_STEPS)[:, None]
-        arm = position + self._lag * velocity + push
-        finger = jnp.broadcast_to(target.opening[:, None, None] / 2, arm.shape[:2] + (2,))
-        return jnp.concatenate([arm, finger], -1)
+        push = jnp.einsum("btj,kj->btk", acceleration, self._mass) / self._gain
+        return position + self._lag * velocity + push, cruise[:, 0]
 
 
 def _mass_matrix(model: mujoco.MjModel, home: np.ndarray) -> np.ndarray:

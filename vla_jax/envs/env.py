@@ -65,7 +65,8 @@ class Tabletop:
     def reset(self, scene: Scene, command: Command, cue: Command) -> EnvState:
         """The episodes' first state: objects where the scene puts them, the hand open at `scene.tcp`. No randomness."""
         batch = scene.tcp.shape[0]
-        physics = self._initial_physics(scene)
+        pose = self._controller.start(scene.tcp, scene.tcp_yaw)
+        physics = self._initial_physics(scene, pose)
         bodies = self._kinematics.bodies(physics.qpos, _zones(scene))
         zeros, no = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool)
         return EnvState(
@@ -74,7 +75,7 @@ class Tabletop:
             cue=cue,
             physics=physics,
             bodies=bodies,
-            target_pose=control.Pose(scene.tcp, scene.tcp_yaw, jnp.full(batch, mjcf.MAX_OPENING)),
+            target_pose=pose,
             start=bodies.object_position,
             tick=zeros,
             streak=zeros,
@@ -86,8 +87,8 @@ class Tabletop:
 
     def step(self, state: EnvState, action: Float[Array, "B 5"]) -> EnvState:
         """One control tick (0.1 s): moves the set point by the action, steps physics and judges the task."""
-        pose = control.advance_target(state.target_pose, action, state.bodies)
-        physics = self._engine.step(state.physics, self._controller.path(state.physics, pose))
+        pose, commands = self._controller.advance(state.target_pose, action, state.bodies)
+        physics = self._engine.step(state.physics, commands)
         bodies = self._kinematics.bodies(physics.qpos, _zones(state.scene))
         fulfilled = self.task.success(state.scene, state.command, bodies, state.start)
         cue_fulfilled = self.task.success(state.scene, state.cue, bodies, state.start)
@@ -117,10 +118,9 @@ class Tabletop:
         images = observe_images(self.model, state.bodies, state.scene, self.config.image_size)
         return {"images": images, "state": control.proprioception(state.bodies)}
 
-    def _initial_physics(self, scene: Scene) -> PhysicsState:
+    def _initial_physics(self, scene: Scene, pose: control.Pose) -> PhysicsState:
         batch = scene.tcp.shape[0]
-        arm = self._controller.robot.rest(self._kinematics, scene.tcp, scene.tcp_yaw)
-        fingers = jnp.full((batch, 2), mjcf.MAX_OPENING / 2)
+        fingers = jnp.broadcast_to(pose.opening[:, None] / 2, (batch, 2))
         position = _parked(scene.position, scene.present, 0.0)
         half = scene.yaw / 2
         zero = jnp.zeros_like(half)
@@ -133,7 +133,7 @@ class Tabletop:
             -1,
         )
         still = jnp.zeros((batch, self.model.nv))
-        qpos = jnp.concatenate([arm, fingers, objects.reshape(batch, NUM_SLOTS * 7)], -1)
+        qpos = jnp.concatenate([pose.joints, fingers, objects.reshape(batch, NUM_SLOTS * 7)], -1)
         return PhysicsState(qpos=qpos, qvel=still, warmstart=still)
 
 

@@ -10,6 +10,7 @@ PUSHED = 0.06  # metres along the direction
 ASIDE = 0.04  # metres off it
 RUN_UP = 0.05  # metres behind the object where the hand comes down
 PUSH_HEIGHT = 0.022
+DRIFT = 0.01  # metres off its line that the object may be without the hand following it
 PUSH_STEP = 0.025  # metres per tick
 PUSH_OPENING = 0.03  # metres; two fingertips side by side keep the object from turning away
 
@@ -35,8 +36,8 @@ class Push(Task):
         heading = yaw_of(bodies.tcp_rotation)
         yaw = square_yaw(jnp.arctan2(direction[:, 1], direction[:, 0]), heading, jnp.pi)
         behind = height(target - RUN_UP * ahead, PUSH_HEIGHT)
-        # Where the object drifts off its line, push it from the side to which it drifts.
-        line = target + 0.5 * jnp.pad(aside, ((0, 0), (0, 1)))
+        # Keep the hand near the line on which the object set out: a sideways correction at the object drags it along.
+        line = target - jnp.pad(jnp.clip(aside, -DRIFT, DRIFT), ((0, 0), (0, 1)))
         across = line - tcp - jnp.sum((line - tcp) * ahead, axis=-1, keepdims=True) * ahead
         step = jnp.clip(PUSH_DISTANCE - along + 0.01, 0.0, PUSH_STEP) * (jnp.linalg.norm(across[:, :2], axis=-1) < 0.01)
         push = height(tcp + across + step[:, None] * ahead, PUSH_HEIGHT)
