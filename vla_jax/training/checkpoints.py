@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from vla_jax.config import from_json
@@ -112,7 +113,9 @@ def load_policy(run_dir: str | Path, step: int | None = None, ema: bool = True) 
     graphdef, params, constants = abstract(policy_maker(config, contract))
     weights = "ema" if ema and config.optimizer.ema_decay else "params"
     checkpoints = Checkpoints(run_dir)
-    loaded = checkpoints.restore_weights(step, {weights: params, "constants": constants})
+    loaded = checkpoints.restore_weights(
+        step, jax.tree.map(_on_first_device, {weights: params, "constants": constants})
+    )
     checkpoints.close()
     if loaded["meta"]["contract"] != contract_id(contract):
         raise UserError(f"{run_dir}/contract.json is not the contract of its checkpoints: restore the file of this run")
@@ -166,6 +169,11 @@ def _from_parts(like: TrainState, parts: dict[str, Any]) -> TrainState:
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
     rest = jax.tree_util.tree_unflatten(structure, [parts["training"][name] for name in names])
     return TrainState(**{name: parts.get(name, {}) for name in WEIGHTS}, **rest)
+
+
+def _on_first_device(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Wherever the run had its arrays: a policy is loaded where the reader is."""
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=SingleDeviceSharding(jax.devices()[0]))
 
 
 def _instead(step: int, steps: list[int]) -> str:

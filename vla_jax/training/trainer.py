@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from tqdm import tqdm
 
 import vla_jax
 from vla_jax.config import diff, to_json
@@ -166,7 +167,7 @@ def _evaluation(config: TrainConfig, contract: Contract, graphdef, run_dir: Path
         results = evaluator(trained_module(graphdef, state), arm=config.arm, step=step)
         with disk_space(run_dir):
             save_results(run_dir, results)
-        print(f"\nclosed loop after {step} steps ({results.seconds:.0f} s)\n{format_table(results.rows)}", flush=True)
+        tqdm.write(f"closed loop after {step} steps ({results.seconds:.0f} s)\n{format_table(results.rows)}")
         return results.rows
 
     return evaluate
