@@ -49,7 +49,7 @@ def make_run_dir(path, arm, rates):
 
 def make_clip(success, split="swapped", ticks=7):
     frames = np.random.default_rng(0).integers(0, 255, (ticks, 16, 16, 3), dtype=np.uint8)
-    return Clip(split, "touch the red cube", success, not success, frames)
+    return Clip(split, 0, "touch the red cube", success, not success, frames)
 
 
 class Page(HTMLParser):

@@ -93,6 +93,7 @@ class Clip:
     """One filmed scene."""
 
     split: str
+    index: int  # of the scene in its split
     text: str
     success: bool
     stuck: bool  # did what the look suggests instead
@@ -182,8 +183,8 @@ class Evaluator:
         outcome, recording = concatenate(list(parts))
         columns = make_columns(trials, outcome, [self._texts[split][index] for split, index in chosen])
         return [
-            Clip(split, text, success, stuck, frames[:ticks])
-            for (split, _), text, success, stuck, ticks, frames in zip(
+            Clip(split, index, text, success, stuck, frames[:ticks])
+            for (split, index), text, success, stuck, ticks, frames in zip(
                 chosen,
                 columns["text"],
                 columns["success"],

@@ -1,0 +1,142 @@
+"""From demonstrations to the notebook: a tiny run is collected, trained, judged, reported and looked at."""
+
+import json
+import os
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from nbclient import NotebookClient
+
+from experiments.evaluate import evaluate_runs, main
+from vla_jax.analysis.imagine import Imagination
+from vla_jax.analysis.plots import plot_imagined
+from vla_jax.analysis.runs import compare_runs, load_run, sibling_runs, success_table
+from vla_jax.data.loader import DataConfig
+from vla_jax.envs.collect import CollectConfig, collect
+from vla_jax.envs.env import EnvConfig
+from vla_jax.errors import UserError
+from vla_jax.evaluation.evaluate import EvalConfig
+from vla_jax.losses.objective import LossConfig
+from vla_jax.models.expert import ExpertConfig
+from vla_jax.models.policy import PolicyConfig
+from vla_jax.models.trunk import TrunkConfig
+from vla_jax.models.vision import VisionConfig
+from vla_jax.platform import setup_compilation_cache
+from vla_jax.training.checkpoints import load_policy
+from vla_jax.training.train_config import TrainConfig
+from vla_jax.training.trainer import train
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SPLITS = ("in_distribution", "swapped", "blank")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """The notebook's process runs programs that this one has compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+            patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        setup_compilation_cache()
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, cache) -> list[Path]:
+    """Two trained and judged runs side by side: "baseline" and "full"."""
+    place = tmp_path_factory.mktemp("runs")
+    collection = collect(
+        CollectConfig(env=EnvConfig(task="reach", image_size=16), episodes=8, batch=8), place / "data", progress=False
+    )
+    small = {"width": 8, "heads": 1, "hidden": 8}
+    evaluation = EvalConfig(splits=SPLITS, scenes=4, batch=6, execute=2, sampler_steps=1, videos=1)
+    run_dirs = []
+    for arm, conditioning in (("baseline", "tokens"), ("full", "queries")):
+        config = TrainConfig(
+            data=DataConfig(directory=str(collection.path), batch_size=4, chunk=4, threads=1, held_out_fraction=0.2),
+            policy=PolicyConfig(
+                vision=VisionConfig(depth=1, **small),
+                trunk=TrunkConfig(depth=1, kv_heads=1, head_width=8, **small),
+                expert=ExpertConfig(depth=2, head=8, **small),
+                queries=2,
+                chunk=4,
+                conditioning=conditioning,
+            ),
+            loss=LossConfig(noise_draws=1, prior_weight=0.0, llr_weight=0.0) if arm == "baseline" else LossConfig(),
+            eval=evaluation,
+            arm=arm,
+            steps=4,
+            log_every=1,
+            validate_every=0,
+            eval_every=0,
+            checkpoint_every=4,
+        )
+        run_dirs.append(train(config, place / arm))
+    evaluate_runs(run_dirs, {})
+    return run_dirs
+
+
+def test_evaluation_leaves_numbers_and_a_page(runs):
+    for run_dir, arm in zip(runs, ("baseline", "full"), strict=True):
+        rows = json.loads((run_dir / "results.json").read_text())["rows"]
+        assert [(row["arm"], row["split"], row["step"], row["trials"]) for row in rows] == [
+            (arm, split, 4, 4) for split in SPLITS
+        ]
+    page = (runs[0] / "report.html").read_text()
+    assert "full − baseline" in page and "data:video/mp4;base64," in page and "terms/llr" in page
+    assert not (runs[1] / "report.html").exists()
+
+
+def test_settings_change_one_evaluation(runs, tmp_path, capsys):
+    command = [f"--workdir={runs[1]}", f"--config={ROOT}/configs/evaluate.py", f"--report={tmp_path}/page.html"]
+    main([*command, "--config.eval.scenes=3", "--config.eval.splits=('swapped',)", "--config.eval.videos=0"])
+    assert (tmp_path / "page.html").is_file()
+    assert "0/3" in capsys.readouterr().out
+    evaluate_runs(runs, {})  # as it was, for the other tests
+    with pytest.raises(UserError, match="eval.scenes"):
+        main([*command, "--config.eval.scnes=3"])
+
+
+def test_runs_are_compared_in_pairs(runs):
+    baseline, full = (load_run(run_dir) for run_dir in runs)
+    assert [run.name for run in sibling_runs(full)] == ["baseline"]
+    assert {row["split"] for row in compare_runs(baseline, full)} == set(SPLITS)
+    assert success_table(baseline, full).count("swapped") == 2
+    assert list(full.metrics["loss"].steps) == [1, 2, 3, 4]
+
+
+def test_another_instruction_is_imagined_in_the_same_scene(runs):
+    policy, contract, config = load_policy(runs[1])
+    imagination = Imagination(contract, config.eval)
+    texts = imagination.instructions(0)
+    assert len(set(texts)) == len(texts) == 3  # one for each object
+    seen = imagination(policy, 0, size=64)
+    assert seen.texts == texts and seen.picture.shape == (64, 64, 3) and seen.picture.std() > 10
+    assert np.isfinite(seen.pixels).all()
+    # The same scene: all paths begin at one point, which the front camera sees.
+    assert np.ptp(seen.path[:, 0], axis=0).max() < 1e-6
+    assert (0 < seen.pixels[:, 0]).all() and (seen.pixels[:, 0] < 64).all()
+    words = {f"{color} {shape}" for color in ("red", "green", "blue", "yellow", "purple", "cyan")
+             for shape in ("cube", "cylinder", "ball")}  # fmt: skip
+    assert set(seen.ended_at) <= words and seen.cue in words
+    assert len(plot_imagined(seen).axes[0].lines) == 9
+    with pytest.raises(UserError, match="unknown word 'banana'"):
+        imagination(policy, 0, ["touch the banana"])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebook_runs(path, runs, monkeypatch):
+    monkeypatch.setenv("VLA_JAX_RUN", str(runs[1]))
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 6
+    assert any("full minus baseline" in output.get("text", "") for output in outputs)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebook_is_kept_without_outputs(path):
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert cells and all(not cell.outputs and cell.execution_count is None for cell in cells)

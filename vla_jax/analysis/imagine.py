@@ -1,0 +1,122 @@
+"""What a policy would do in one scene under one instruction and another.
+
+Axis legend: K instructions, T control ticks, H x W picture (pixels), N object slots.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Float, Int, UInt8
+
+from vla_jax.data import tokenizer as tokenizers
+from vla_jax.data.contract import Contract
+from vla_jax.envs import language
+from vla_jax.envs.camera import project
+from vla_jax.envs.commands import valid_commands
+from vla_jax.envs.env import Tabletop
+from vla_jax.envs.scene import COLORS, SHAPES, VIEWS, Scene
+from vla_jax.envs.splits import Cases, make_cases
+from vla_jax.envs.views import cameras_of, observe_images
+from vla_jax.errors import UserError
+from vla_jax.evaluation.evaluate import EvalConfig, World
+from vla_jax.evaluation.rollout import Outcome, Recording, Trials, make_rollout, take_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Imagined:
+    """One scene, seen from the front, and where the gripper went under each instruction."""
+
+    picture: UInt8[np.ndarray, "H W 3"]
+    texts: list[str]
+    ended_at: list[str]  # the object that was nearest in the end
+    cue: str  # the object that the look of the scene suggests
+    path: Float[np.ndarray, "K T 3"]  # tool point, metres; stays where it is when the episode is over
+    pixels: Float[np.ndarray, "K T 2"]  # the same in the picture: column, row
+
+
+class Imagination:
+    """Runs a policy of one contract in single scenes of a split."""
+
+    def __init__(self, contract: Contract, config: EvalConfig | None = None, split: str = "in_distribution"):
+        config = config or EvalConfig()
+        self.contract, self.config, self.split = contract, config, split
+        self.world = World.of(contract, config)
+        self.env = Tabletop(self.world.env)
+        ticks = self.env.max_ticks
+        self._run = make_rollout(
+            self.env, execute=config.execute, ticks=ticks, sampler_steps=config.sampler_steps, record=True
+        )
+
+    def case(self, number: int) -> Cases:
+        """Test case `number` of the split, with a leading axis of 1."""
+        world = self.world
+        cases = make_cases(self.split, world.env.task, world.bias, self.config.seed, number + 1, world.scene)
+        row = slice(number, number + 1)
+        parts = (take_rows(part, row) for part in (cases.scene, cases.command, cases.cue))
+        return Cases(*parts, cases.text[row])
+
+    def instructions(self, number: int) -> list[str]:
+        """One valid instruction for each object of the case that can be commanded."""
+        scene = self.case(number).scene
+        commands, valid = valid_commands(self.world.env.task, scene)
+        commands, valid = take_rows(commands, 0), np.asarray(valid)[0]
+        _, first = np.unique(np.where(valid, commands.target, -1), return_index=True)
+        chosen = [index for index in first if valid[index]]
+        scenes = take_rows(scene, np.zeros(len(chosen), int))
+        return language.instructions(self.world.env.task, scenes, take_rows(commands, np.array(chosen)))
+
+    def __call__(self, policy: nnx.Module, number: int, texts: Sequence[str] = (), size: int = 256) -> Imagined:
+        """Runs the case once under each text, with the same noise.
+
+        Args:
+            policy: of this contract.
+            number: of the case.
+            texts: instructions; by default `instructions(number)`.
+            size: of the picture, pixels.
+
+        Raises:
+            UserError: a word that the policy does not know.
+        """
+        texts = list(texts) or self.instructions(number)
+        if number < 0:
+            raise UserError(f"cases are numbered from 0, not {number}")
+        case = self.case(number)
+        outcome, recording = self._roll_out(policy, case, texts)
+        path = _held(recording.path, outcome.ticks)
+        start = self.env.reset(case.scene, case.command, case.cue)
+        picture = observe_images(self.env.model, start.bodies, case.scene, size)["front"][0]
+        camera = take_rows(cameras_of(self.env.model, start.bodies, case.scene), (0, VIEWS.index("front")))
+        pixels, _ = project(camera, path, height=size, width=size)
+        return Imagined(
+            picture=np.asarray(picture),
+            texts=texts,
+            ended_at=[object_name(case.scene, slot) for slot in outcome.nearest],
+            cue=object_name(case.scene, case.cue.target[0]),
+            path=path,
+            pixels=np.asarray(pixels),
+        )
+
+    def _roll_out(self, policy: nnx.Module, case: Cases, texts: list[str]) -> tuple[Outcome, Recording]:
+        tokenizer = tokenizers.from_json(self.contract.tokenizer)
+        prompts = [self.contract.prompt(text) for text in texts]
+        tokens, mask = tokenizers.encode(tokenizer, prompts, self.contract.max_tokens)
+        same = np.zeros(len(texts), int)
+        parts = (take_rows(part, same) for part in (case.scene, case.command, case.cue))
+        trials = Trials(*parts, tokens, mask, same)
+        graphdef, weights = nnx.split(policy)
+        return jax.device_get(self._run(graphdef, weights, trials, jax.random.key(self.config.seed)))
+
+
+def object_name(scene: Scene, slot: int) -> str:
+    """Colour and shape of an object of a single scene, as "red cube"."""
+    color, shape = int(np.asarray(scene.color)[0, slot]), int(np.asarray(scene.shape)[0, slot])
+    return f"{list(COLORS)[color]} {SHAPES[shape]}"
+
+
+def _held(path: Float[np.ndarray, "K T 3"], ticks: Int[np.ndarray, "K"]) -> Float[np.ndarray, "K T 3"]:
+    """Paths that stop at the end of their episode."""
+    last = np.minimum(np.arange(path.shape[1]), ticks[:, None] - 1)
+    return np.take_along_axis(path, last[..., None], axis=1)

@@ -1,0 +1,55 @@
+"""Figures for notebooks."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from vla_jax.analysis.imagine import Imagined
+from vla_jax.data.rlds import RldsDataset, decode_jpeg
+from vla_jax.evaluation.charts import PALETTE, curves_figure, success_figure
+from vla_jax.evaluation.records import Run
+
+
+def plot_curves(*runs: Run, names: Sequence[str] | None = None) -> Figure:
+    """Losses and success over training: one panel a metric, one line a run."""
+    return curves_figure(runs, names)
+
+
+def plot_success(*runs: Run) -> Figure:
+    """Newest success rates with intervals, by split."""
+    return success_figure([run.last for run in runs if run.last])
+
+
+def plot_episodes(dataset: RldsDataset, indices: Sequence[int], view: str = "front", frames: int = 5) -> Figure:
+    """Some pictures of each episode, evenly spaced from its first to its last, under its instruction."""
+    figure = Figure(figsize=(1.7 * frames, 1.95 * len(indices)), layout="constrained")
+    axes = figure.subplots(len(indices), frames, squeeze=False)
+    for row, index in zip(axes, indices, strict=True):
+        episode = dataset.read(index)
+        pictures = episode.images[view]
+        for axis, step in zip(row, np.linspace(0, len(pictures) - 1, frames).round().astype(int), strict=True):
+            axis.imshow(decode_jpeg(pictures[step]))
+            axis.set_axis_off()
+        row[0].set_title(f"{index}: {episode.instruction}", fontsize=9, loc="left")
+    return figure
+
+
+def plot_imagined(imagined: Imagined) -> Figure:
+    """The gripper's way under each instruction, drawn into the front picture; the dot is where it ended."""
+    figure = Figure(figsize=(8.4, 4.6), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(imagined.picture)
+    height, width = imagined.picture.shape[:2]
+    for index, (text, end, pixels) in enumerate(zip(imagined.texts, imagined.ended_at, imagined.pixels, strict=True)):
+        colour = PALETTE[index % len(PALETTE)]
+        # Pixel coordinates have the corner of the picture at 0; imshow has it at -0.5.
+        columns, rows = pixels.T - 0.5
+        axis.plot(columns, rows, color="white", linewidth=4)
+        axis.plot(columns, rows, color=colour, linewidth=2.2, label=f"“{text}”\nended at the {end}")
+        axis.plot(columns[-1], rows[-1], "o", color=colour, markeredgecolor="white", markersize=9)
+    axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+    axis.set_axis_off()
+    axis.set_title(f"the look suggests the {imagined.cue}", fontsize=10, loc="left")
+    axis.legend(fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5), labelspacing=1.2)
+    return figure

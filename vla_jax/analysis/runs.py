@@ -1,0 +1,38 @@
+"""Loads runs and compares them."""
+
+import dataclasses
+from typing import Any
+
+from vla_jax.errors import UserError
+from vla_jax.evaluation.evaluate import format_table
+from vla_jax.evaluation.records import Curve, Run, load_run
+from vla_jax.evaluation.results import compare
+
+__all__ = ["Curve", "Run", "compare_runs", "load_run", "sibling_runs", "success_table"]
+
+
+def success_table(*runs: Run) -> str:
+    """The newest results of each run as text, one line an arm and split."""
+    return format_table([row for run in runs for row in _last(run).rows])
+
+
+def compare_runs(first: Run, second: Run) -> list[dict[str, Any]]:
+    """Second minus first on the same scenes: one dict a split with difference, low, high, p, only_first, only_second.
+
+    Raises:
+        UserError: a run has not been evaluated, or the two were judged on other scenes.
+    """
+    pairs = compare(_last(first), _last(second))
+    return [{"split": split, **dataclasses.asdict(paired)} for split, paired in pairs.items()]
+
+
+def sibling_runs(run: Run) -> list[Run]:
+    """The other evaluated runs in the directory that holds this one, by name."""
+    found = sorted(path.parent for path in run.directory.parent.glob("*/results.json"))
+    return [load_run(directory) for directory in found if directory != run.directory]
+
+
+def _last(run: Run):
+    if run.last is None:
+        raise UserError(f"{run.directory} has no results: python -m experiments.evaluate --workdir={run.directory}")
+    return run.last
