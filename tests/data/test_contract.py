@@ -32,7 +32,7 @@ def test_one_pass_equals_numpy(contract, episodes):
 
 
 def test_quantiles_of_a_stream_larger_than_memory():
-    rows = np.random.default_rng(0).permutation(np.linspace(0, 1, 200_000, dtype=np.float32))[:, None]
+    rows = np.linspace(0, 1, 200_000, dtype=np.float32)[:, None]  # in order: late rows must not crowd out early ones
     running = RunningStatistics(1, max_rows=20_000)
     for block in np.array_split(rows, 37):
         running.update(block)

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from tqdm import tqdm
-from vla_jax.envs.views import observe_images
 
 from vla_jax.data import tokenizer as tokenizers
 from vla_jax.data.contract import Contract, compute_contract
@@ -27,6 +26,7 @@ from vla_jax.envs.demonstrate import Demonstrations, demonstrate
 from vla_jax.envs.env import EnvConfig, Tabletop
 from vla_jax.envs.sampling import SceneConfig, sample_episode
 from vla_jax.envs.scene import VIEWS, Command, Scene
+from vla_jax.envs.views import observe_images
 from vla_jax.errors import UserError
 
 FRAMES_PER_RENDER = 256  # one compiled shape; bounds the memory that pictures take
@@ -151,7 +151,7 @@ def interface_of(env: EnvConfig) -> Interface:
 
 def _episodes(env: Tabletop, config: CollectConfig, tally: Tally) -> Iterator[Episode]:
     root = jax.random.fold_in(jax.random.key(config.seed), _DOMAIN)
-    render = jax.jit(functools.partial(observe_images, env.model, image_size=config.env.image_size))
+    render = functools.partial(_render, env.model, image_size=config.env.image_size)
     while tally.kept < config.episodes:
         first = tally.attempts
         keys = jax.vmap(lambda attempt: jax.random.fold_in(root, attempt))(first + jnp.arange(config.batch))
@@ -201,6 +201,11 @@ def _draw(keys, task_name, bias, scene_config):
         "target_entropy": target_entropy(task_name, scene, bias),
     }
     return scene, command, cue, entropies
+
+
+@functools.partial(jax.jit, static_argnames=("model", "image_size"))
+def _render(model, bodies, scene, image_size):
+    return observe_images(model, bodies, scene, image_size)
 
 
 def instruction_entropy(task_name: str, scene: Scene, bias: BiasConfig) -> Float[Array, ""]:
