@@ -9,7 +9,7 @@ from vla_jax.envs.tasks.base import HOVER, LOW, Plan, Task, above, height, slot,
 PUSHED = 0.06  # metres along the direction
 ASIDE = 0.04  # metres off it
 RUN_UP = 0.05  # metres behind the object where the hand comes down
-PUSH_HEIGHT = 0.022
+PUSH_HEIGHT = 0.016
 DRIFT = 0.01  # metres off its line that the object may be without the hand following it
 PUSH_STEP = 0.025  # metres per tick
 PUSH_OPENING = 0.03  # metres; two fingertips side by side keep the object from turning away
