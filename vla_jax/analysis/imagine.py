@@ -4,25 +4,26 @@ Axis legend: K instructions, T control ticks, H x W picture (pixels), N object s
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from vla_jax.data import tokenizer as tokenizers
 from vla_jax.data.contract import Contract
 from vla_jax.envs import language
-from vla_jax.envs.camera import project
+from vla_jax.envs.camera import Camera, project
 from vla_jax.envs.commands import valid_commands
 from vla_jax.envs.env import Tabletop
-from vla_jax.envs.scene import COLORS, SHAPES, VIEWS, Scene
+from vla_jax.envs.scene import COLORS, NUM_SLOTS, SHAPES, VIEWS, Command, Scene
 from vla_jax.envs.splits import Cases, make_cases
 from vla_jax.envs.views import cameras_of, observe_images
 from vla_jax.errors import UserError
 from vla_jax.evaluation.evaluate import EvalConfig, World
-from vla_jax.evaluation.rollout import Outcome, Recording, Trials, make_rollout, take_rows
+from vla_jax.evaluation.rollout import Outcome, Recording, Trials, concatenate, in_batches, make_rollout, take_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +52,15 @@ class Imagination:
         )
 
     def case(self, number: int) -> Cases:
-        """Test case `number` of the split, with a leading axis of 1."""
-        world = self.world
-        cases = make_cases(self.split, world.env.task, world.bias, self.config.seed, number + 1, world.scene)
+        """Test case `number` of the split, with a leading axis of 1.
+
+        Raises:
+            UserError: a negative number.
+        """
+        if number < 0:
+            raise UserError(f"cases are numbered from 0, not {number}")
+        world, count = self.world, max(self.config.scenes, number + 1)
+        cases = make_cases(self.split, world.env.task, world.bias, self.config.seed, count, world.scene)
         row = slice(number, number + 1)
         parts = (take_rows(part, row) for part in (cases.scene, cases.command, cases.cue))
         return Cases(*parts, cases.text[row])
@@ -81,14 +88,10 @@ class Imagination:
             UserError: a word that the policy does not know.
         """
         texts = list(texts) or self.instructions(number)
-        if number < 0:
-            raise UserError(f"cases are numbered from 0, not {number}")
         case = self.case(number)
         outcome, recording = self._roll_out(policy, case, texts)
-        path = _held(recording.path, outcome.ticks)
-        start = self.env.reset(case.scene, case.command, case.cue)
-        picture = observe_images(self.env.model, start.bodies, case.scene, size)["front"][0]
-        camera = take_rows(cameras_of(self.env.model, start.bodies, case.scene), (0, VIEWS.index("front")))
+        path = hold_at_end(recording.path, outcome.ticks)
+        picture, camera = self._look(case.scene, case.command, case.cue, size)
         pixels, _ = project(camera, path, height=size, width=size)
         return Imagined(
             picture=np.asarray(picture),
@@ -107,7 +110,17 @@ class Imagination:
         parts = (take_rows(part, same) for part in (case.scene, case.command, case.cue))
         trials = Trials(*parts, tokens, mask, same)
         graphdef, weights = nnx.split(policy)
-        return jax.device_get(self._run(graphdef, weights, trials, jax.random.key(self.config.seed)))
+        key = jax.random.key(self.config.seed)
+        return concatenate(list(in_batches(self._run, graphdef, weights, trials, key, NUM_SLOTS)))
+
+    @functools.partial(jax.jit, static_argnums=(0, 4))
+    def _look(self, scene: Scene, command: Command, cue: Command, size: int) -> tuple[UInt8[Array, "H W 3"], Camera]:
+        """The front picture at the start of a case, and the camera that took it."""
+        start = self.env.reset(scene, command, cue)
+        camera = jax.tree.map(
+            lambda leaf: leaf[0, VIEWS.index("front")], cameras_of(self.env.model, start.bodies, scene)
+        )
+        return observe_images(self.env.model, start.bodies, scene, size)["front"][0], camera
 
 
 def object_name(scene: Scene, slot: int) -> str:
@@ -116,7 +129,7 @@ def object_name(scene: Scene, slot: int) -> str:
     return f"{list(COLORS)[color]} {SHAPES[shape]}"
 
 
-def _held(path: Float[np.ndarray, "K T 3"], ticks: Int[np.ndarray, "K"]) -> Float[np.ndarray, "K T 3"]:
+def hold_at_end(path: Float[np.ndarray, "K T 3"], ticks: Int[np.ndarray, "K"]) -> Float[np.ndarray, "K T 3"]:
     """Paths that stop at the end of their episode."""
     last = np.minimum(np.arange(path.shape[1]), ticks[:, None] - 1)
     return np.take_along_axis(path, last[..., None], axis=1)

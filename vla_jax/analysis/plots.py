@@ -6,7 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from vla_jax.analysis.imagine import Imagined
-from vla_jax.data.rlds import RldsDataset, decode_jpeg
+from vla_jax.data.episode import decode_jpeg
+from vla_jax.data.rlds import RldsDataset
 from vla_jax.evaluation.charts import PALETTE, curves_figure, success_figure
 from vla_jax.evaluation.records import Run
 
