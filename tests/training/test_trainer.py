@@ -78,6 +78,16 @@ def test_five_and_five_steps_equal_ten(config, run_dir, tmp_path):
     assert len(json.loads((tmp_path / "run" / "provenance.json").read_text())) == 2
 
 
+def test_half_precision_computes_but_does_not_store(config, tmp_path):
+    policy = dataclasses.replace(config.policy, dtype="bfloat16")
+    config = dataclasses.replace(config, policy=policy, steps=4, validate_every=0)
+    train(config, tmp_path / "run")
+    losses = [line["loss"] for line in read_metrics(tmp_path / "run")]
+    assert len(losses) == 3 and np.isfinite(losses).all()
+    saved = arrays(tmp_path / "run")
+    assert {leaf.dtype.name for leaf in saved["params"].values()} == {"float32"}
+
+
 def test_a_used_directory_is_never_overwritten(config, copy):
     before = arrays(copy)
     with pytest.raises(UserError, match="is not empty: add --resume"):
@@ -187,7 +197,7 @@ def test_ctrl_c_saves_and_prints_the_command_that_goes_on(config, start, tmp_pat
     newest = Checkpoints(run_dir).steps[-1]
     assert newest == max(line["step"] for line in read_metrics(run_dir))
     assert f"saved step {newest} of 1000000; go on with: " in errors
-    command = next(line for line in errors.splitlines() if "go on with" in line).split("go on with: ")[1]
+    command = errors.splitlines()[-1].split("go on with: ")[1]
     assert command.endswith(f"-m experiments.train --config={tmp_path}/config.py --workdir={run_dir} --resume")
 
 

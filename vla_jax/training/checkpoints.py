@@ -28,8 +28,8 @@ from vla_jax.training.train_config import TrainConfig
 
 WEIGHTS = ("params", "ema", "constants")
 
-# Orbax reports every routine save through the root logger.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax logs every routine save, and every failure once a thread before it raises it.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class Checkpoints:

@@ -17,7 +17,6 @@ the run's key and its number. So a resumed run takes exactly the steps that an u
 
 import itertools
 import math
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -34,6 +33,7 @@ from vla_jax.training.state import TrainState
 from vla_jax.training.train_config import TrainConfig
 
 Batch = dict[str, Any]
+BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
 class Stopped(KeyboardInterrupt):
@@ -86,7 +86,7 @@ class Loop:
         self._meta, self._evaluated, self._resume_command = meta or {}, evaluated, resume_command
         self._pending: tuple[int, Batch, dict] | None = None
         self._means, self._watch = Means(), Stopwatch()
-        self._stop = StopRequest()
+        self._stop, self._evaluation_seconds = StopRequest(), 0.0
 
     def run(self) -> TrainState:
         """Trains to the last step and returns the state.
@@ -96,7 +96,7 @@ class Loop:
             UserError: a loss that is not finite, a term that no sample carried, a full disk.
         """
         steps = self.config.steps
-        bar = tqdm(total=steps, initial=self.step, desc=self.config.arm, unit="step", disable=None, mininterval=0.5)
+        bar = tqdm(total=steps, initial=self.step, desc=self.config.arm, disable=None, bar_format=BAR)
         with self._stop, bar:
             if 0 < self.step and self._due(self.config.eval_every):
                 self._run_evaluation(bar)  # the run was stopped while this evaluation was going on
@@ -107,8 +107,7 @@ class Loop:
             self._save(wait=True)
             if self._stop.requested and (self.step < steps or self._evaluation_missing()):
                 hint = f"; go on with: {self._resume_command}" if self._resume_command else ""
-                bar.write(f"saved step {self.step} of {steps}{hint}", file=sys.stderr)
-                raise Stopped
+                raise Stopped(f"saved step {self.step} of {steps}{hint}")
         return self.state
 
     def _take_step(self) -> None:
@@ -157,21 +156,28 @@ class Loop:
     def _log(self, bar: tqdm) -> None:
         check_terms(self._means.terms())
         values, shares = self._means.values(), self._watch.shares()
-        rate = self.config.data.batch_size * self._means.steps / self._watch.total
-        values |= {f"time/{name}": share for name, share in shares.items()} | {"samples_per_second": rate}
+        per_step = self._watch.sum("data", "step") / self._means.steps
+        values |= {f"time/{name}": share for name, share in shares.items()}
+        values["samples_per_second"] = self.config.data.batch_size / per_step
         self._writer.write("train", self.step, values)
         split = " ".join(f"{name} {shares.get(name, 0.0):.0%}" for name in ("data", "step", "eval", "save"))
-        bar.set_postfix_str(f"loss {values['loss']:.4f}, {split}")
+        text = f"loss {values['loss']:.4f}  {split}  left {tqdm.format_interval(self._seconds_left(per_step))}"
+        bar.set_postfix_str(text)
         if bar.disable:  # not a terminal: a line instead of a bar
-            left = (self.config.steps - self.step) * self._watch.total / self._means.steps
-            text = f"step {self.step}/{self.config.steps}  loss {values['loss']:.4f}  {split}"
-            print(f"{text}  left {tqdm.format_interval(left)}", flush=True)
+            print(f"step {self.step}/{self.config.steps}  {text}", flush=True)
         self._means, self._watch = Means(), Stopwatch()
+
+    def _seconds_left(self, per_step: float) -> float:
+        """Steps at the present pace, and evaluations as long as the last one."""
+        left, every = self.config.steps - self.step, self.config.eval_every
+        evaluations = -(-left // every) if self._evaluate is not None and every else 0
+        return left * per_step + evaluations * self._evaluation_seconds
 
     def _run_evaluation(self, bar: tqdm) -> None:
         if not self._evaluation_missing():
             return
         bar.set_description_str(f"{self.config.arm}: evaluating")
+        before = self._watch.sum("eval")
         try:
             with self._watch.phase("eval"), self._stop.interruptible():
                 rows = self._evaluate(self.state, self.step)
@@ -184,6 +190,7 @@ class Loop:
         for row in rows:
             self._writer.write("evaluation", self.step, row)
         self._evaluated = self.step
+        self._evaluation_seconds = self._watch.sum("eval") - before
 
     def _evaluation_missing(self) -> bool:
         return self._evaluate is not None and self._due(self.config.eval_every) and self._evaluated < self.step

@@ -138,6 +138,10 @@ class Stopwatch:
         """Seconds since the start, phases or not."""
         return time.perf_counter() - self._began
 
+    def sum(self, *names: str) -> float:
+        """Seconds in these phases together."""
+        return sum(self.seconds.get(name, 0.0) for name in names)
+
     def shares(self) -> dict[str, float]:
         """The share of the total that each phase took."""
         return {name: seconds / self.total for name, seconds in self.seconds.items()}
