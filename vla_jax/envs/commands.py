@@ -38,7 +38,7 @@ FAMILIES = ("reach", "push", "pick", "place_on", "place_relative")
 PUSH_RUN_UP = 0.05  # the gripper comes down this far behind the object that it pushes (metres)
 PUSH_CLEARANCE = 0.06  # from the pushed object's path, run-up included, to any other object's centre (metres)
 RELATIVE_CLEARANCE = 0.08  # from the spot asked for to any third object's centre, so that the open fingers fit (metres)
-RELATIVE_TRAVEL = 0.06  # a target that already is this near the spot asked for has nothing to do (metres)
+RELATIVE_TRAVEL = 0.065  # a target that already is this near the spot asked for has nothing to do (metres)
 
 
 def check_family(task_name: str) -> None:

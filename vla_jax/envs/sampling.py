@@ -95,12 +95,10 @@ def sample_episode(
         UserError: the family is unknown.
     """
     check_family(task_name)
-    scene_key, command_key = jax.random.split(key)
-    uniform = jax.random.uniform(command_key, (4,))
-    scene = sample_scene(scene_key, task_name, bias, config, held_out=held_out, new_background=new_background)
+    uniform, scene = _sample_scene(key, task_name, bias, config, held_out, new_background)
     commands, probability = bias_law.command_distribution(task_name, scene, bias)
-    command = sample_command(uniform[:3], task_name, scene, commands, probability)
-    return scene, command, cue_command(uniform[3], task_name, scene, bias, command)
+    command = sample_command(uniform["command"], task_name, scene, commands, probability)
+    return scene, command, cue_command(uniform["cue"], task_name, scene, bias, command)
 
 
 def choose(uniform: Float[Array, ""], weights: Float[Array, "K"]) -> Int[Array, ""]:
@@ -138,26 +136,17 @@ def cue_command(uniform: Float[Array, ""], task_name: str, scene: Scene, bias: B
     return take(commands, choose(uniform, best))
 
 
-def sample_scene(
-    key: PRNGKeyArray,
-    task_name: str,
-    bias: BiasConfig,
-    config: SceneConfig = DEFAULT_SCENE,
-    *,
-    held_out: bool = False,
-    new_background: bool = False,
-) -> Scene:
-    """Draws a scene in which every object can be commanded; see `sample_episode`."""
-    check_family(task_name)
+def _sample_scene(key, task_name, bias, config, held_out, new_background) -> tuple[dict, Scene]:
+    """Draws until a scene holds; returns the numbers of the last draw, the command's and cue's not used yet, and it."""
 
     def draw(attempt):
         uniform = _uniform_numbers(jax.random.fold_in(key, attempt))
-        return _draw_scene(uniform, task_name, bias, config, held_out=held_out, new_background=new_background)
+        return uniform, _draw_scene(uniform, task_name, bias, config, held_out=held_out, new_background=new_background)
 
     def try_again(carry):
         attempt, _, _ = carry
-        scene = draw(attempt)
-        return attempt + 1, _holds(task_name, scene, bias), scene
+        drawn = draw(attempt)
+        return attempt + 1, _holds(task_name, drawn[1], bias), drawn
 
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(draw, 0))
     start = (jnp.int32(0), jnp.asarray(False), nothing)
@@ -165,9 +154,9 @@ def sample_scene(
 
 
 def _uniform_numbers(key) -> dict[str, Float[Array, "..."]]:
-    """All the random numbers of a scene, uniform in [0, 1), by name.
+    """All the random numbers of an episode, uniform in [0, 1), by name.
 
-    One call of the generator makes them, because each call takes the compiler about a second on a CPU.
+    One call of the generator makes them, because each call takes the compiler half a second on a CPU.
     """
     shapes = {
         "background": (),
@@ -182,6 +171,8 @@ def _uniform_numbers(key) -> dict[str, Float[Array, "..."]]:
         "light": (3,),
         "brightness": (),
         "camera": (NUM_VIEWS, 3),
+        "command": (3,),
+        "cue": (),
     }
     ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
     pieces = jnp.split(jax.random.uniform(key, (int(ends[-1]),)), ends[:-1])
