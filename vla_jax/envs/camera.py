@@ -12,8 +12,8 @@ their parameter t *is* the depth along the optical axis.
 
 How it is fast on a CPU: three passes (hits, shadows, shading; the geometry is in solids.py) scan over the geoms of one
 kind, with the pixels as the last axis of every operation. A pass carries one array only, because XLA computes a loop's
-body anew for each array that it carries; that is why a hit's depth and geom share one integer. (Unrolled over the geoms
-instead, the CPU compiler fuses everything into one kernel and recomputes each hit in every use, a hundred times slower.)
+body anew for each array that it carries; that is why a hit's depth and geom share one integer. (Unrolled over the
+geoms instead, the CPU compiler fuses everything and recomputes each hit in every use: a hundred times slower.)
 
 Axis legend: B scenes, V camera views, G geoms, H image rows, W image columns, P = H W pixels.
 """

@@ -4,8 +4,8 @@ Shapes and sizes are MuJoCo's: half lengths, the axis along local z; a plane of 
 radius in size[0], a cylinder and a capsule have their radius in size[0] and their half length in size[1]. A "slot" is a
 solid whose shape is itself an array: 0 box, 1 cylinder, 2 sphere (radius size[0], half height size[2]).
 
-Written for a CPU: a solid is a handful of numbers, and every operation runs over contiguous pixels. The surface normal n
-is never formed, only its products with given directions.
+Written for a CPU: a solid is a handful of numbers, and every operation runs over contiguous pixels. The surface normal
+n is never formed, only its products with given directions.
 
 Axis legend: G solids, P pixels.
 """

@@ -1,8 +1,8 @@
 """What the robot's cameras see: the model, where everything is, and the look of the scene, made into pictures.
 
-The physics model knows shapes and places of the robot, the table and the slots; the `Scene` says how the table looks. Here
-they meet: objects take their colour and shape, zones become a light flat plate and a darker, higher bowl, fixtures are
-drawn dark, absent things vanish, and the table takes the colours of its background.
+The physics model knows shapes and places of the robot, the table and the slots; the `Scene` says how the table looks.
+Here they meet: objects take their colour and shape, zones become a light flat plate and a darker, higher bowl, fixtures
+are drawn dark, absent things vanish, and the table takes the colours of its background.
 
 Axis legend: B scenes, G geoms, V views, H image rows, W image columns.
 """
@@ -17,8 +17,8 @@ from vla_jax.envs.camera import Camera, Geoms, Light, Picture, render_batch
 from vla_jax.envs.physics import Bodies
 from vla_jax.envs.scene import COLORS, NUM_BACKGROUNDS, NUM_SLOTS, NUM_ZONES, VIEWS, Scene
 
-# (first colour, second colour, fields per metre along x and y): one colour, stripes or a chequerboard. Muted, so that the
-# objects stand out; the first NUM_TRAIN_BACKGROUNDS occur in demonstrations.
+# (first colour, second colour, fields per metre along x and y): one colour, stripes or a chequerboard. Muted, so that
+# the objects stand out; the first NUM_TRAIN_BACKGROUNDS occur in demonstrations.
 BACKGROUNDS = (
     ((0.78, 0.78, 0.76), (0.78, 0.78, 0.76), (0, 0)),
     ((0.62, 0.46, 0.30), (0.62, 0.46, 0.30), (0, 0)),
@@ -37,11 +37,11 @@ assert len(BACKGROUNDS) == NUM_BACKGROUNDS
 
 ZONE_RGB = ((0.94, 0.94, 0.90), (0.36, 0.25, 0.18))  # plate, bowl
 ZONE_HALF_HEIGHT = (0.002, 0.006)  # metres
-FIXTURE_SHADE = 0.3  # fixtures keep this share of their colour
-DIFFUSE, AMBIENT, HEADLIGHT = 0.60, 0.28, 0.20
+FIXTURE_SHADE = 0.25  # fixtures keep this share of their colour
+DIFFUSE, AMBIENT, HEADLIGHT = 0.55, 0.27, 0.18  # together 1, so that a lit surface shows its own colour
 SKY = (0.70, 0.78, 0.86)
 
-_KINDS = {
+KINDS = {
     int(getattr(mujoco.mjtGeom, f"mjGEOM_{kind.upper()}")): kind
     for kind in ("plane", "box", "sphere", "cylinder", "capsule")
 }
@@ -53,9 +53,9 @@ def geoms_of(model: mujoco.MjModel, bodies: Bodies, scene: Scene) -> Geoms:
     Raises:
         ValueError: the model has a geom of a kind that the ray caster does not draw.
     """
-    kinds = [_KINDS.get(int(kind)) for kind in model.geom_type]
+    kinds = [KINDS.get(int(kind)) for kind in model.geom_type]
     if None in kinds:
-        raise ValueError(f"geom {model.geom(kinds.index(None)).name!r} is not one of {', '.join(_KINDS.values())}")
+        raise ValueError(f"geom {model.geom(kinds.index(None)).name!r} is not one of {', '.join(KINDS.values())}")
     batch = scene.background.shape
     objects = np.array([model.geom(f"object{n}").id for n in range(NUM_SLOTS)])
     zones = np.array([model.geom(f"zone{z}").id for z in range(NUM_ZONES)])
@@ -95,11 +95,11 @@ def cameras_of(model: mujoco.MjModel, bodies: Bodies, scene: Scene) -> Camera:
     front, wrist = (model.camera(name) for name in VIEWS)
     hand, batch = model.geom("hand"), scene.background.shape
     # From the geom that the hand body carries back to the body's own frame.
-    turn = bodies.geom_rotation[..., hand.id, :, :] @ _matrix(hand.quat).T
+    turn = _matmul(bodies.geom_rotation[..., hand.id, :, :], _matrix(hand.quat).T)
     origin = bodies.geom_position[..., hand.id, :] - _turn(turn, hand.pos)
     shift = scene.camera_shift
     positions = (front.pos + shift[..., 0, :], origin + _turn(turn, wrist.pos + shift[..., 1, :]))
-    rotations = (jnp.broadcast_to(_matrix(front.quat), (*batch, 3, 3)), turn @ _matrix(wrist.quat))
+    rotations = (jnp.broadcast_to(_matrix(front.quat), (*batch, 3, 3)), _matmul(turn, _matrix(wrist.quat)))
     return Camera(
         position=jnp.stack(positions, -2).astype(jnp.float32),
         rotation=jnp.stack(rotations, -3).astype(jnp.float32),
@@ -124,7 +124,7 @@ def observe_pictures(
     """What each camera sees, with depth and segmentation (numbers of the model's geoms); leaves [B, H, W, ...]."""
     geoms, cameras, light = geoms_of(model, bodies, scene), cameras_of(model, bodies, scene), light_of(scene)
     pictures = render_batch(geoms, cameras, light, height=image_size, width=image_size, supersample=supersample)
-    return {name: jax.tree.map(lambda leaf: leaf[:, v], pictures) for v, name in enumerate(VIEWS)}  # noqa: B023
+    return {name: jax.tree.map(lambda leaf, v=v: leaf[:, v], pictures) for v, name in enumerate(VIEWS)}
 
 
 def observe_images(
@@ -132,6 +132,10 @@ def observe_images(
 ) -> dict[str, UInt8[Array, "B H W 3"]]:
     """What each camera sees, colours only."""
     return {name: picture.rgb for name, picture in observe_pictures(model, bodies, scene, image_size).items()}
+
+
+def _matmul(a, b):
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)  # accelerators round the inputs otherwise
 
 
 def _matrix(quaternion) -> np.ndarray:
