@@ -31,8 +31,8 @@ def pointwise_information(
     """log pi(a | v, l) - log p(a | v) of each sample in nats, exact for exact fields and many draws.
 
     The integral over t of t / (1 - t) times the expected difference of the summed squared velocity errors: the
-    pointwise I-MMSE relation (Kong et al., arXiv 2302.03792) on the path x_t = (1 - t) noise + t a, whose signal-to-noise
-    ratio is t^2 / (1 - t)^2. The times of a sample are stratified. Actions in model units (the result has none).
+    pointwise I-MMSE relation (Kong et al., arXiv 2302.03792) on the path x_t = (1 - t) noise + t a, whose
+    signal-to-noise ratio is t^2 / (1 - t)^2. The times of a sample are stratified. Actions in model units.
     """
     noise_key, time_key = jax.random.split(key)
     B, C, A = actions.shape

@@ -1,0 +1,104 @@
+"""The path, the time sampler and the solver against closed forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vla_jax.flow.path import point, sample_time, squared_error, velocity
+from vla_jax.flow.solve import Transform, chain, identity, solve
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def test_the_path_runs_straight_from_noise_to_data():
+    noise, data = normal(3, 4, 2), normal(3, 4, 2, seed=1)
+    time = np.array([0.0, 1.0, 0.25], np.float32)
+    x = point(noise, data, time)
+    np.testing.assert_allclose(x[0], noise[0])
+    np.testing.assert_allclose(x[1], data[1])
+    slope = (point(noise, data, time + 0.5) - x) / 0.5
+    np.testing.assert_allclose(slope, velocity(noise, data), rtol=1e-4, atol=1e-5)
+
+
+def test_times_follow_their_law():
+    time = np.asarray(sample_time(jax.random.key(0), (200_000,)))
+    assert time.min() >= 0 and time.max() <= 1 and abs(time.mean() - 0.4) < 0.003
+    for t in (0.1, 0.3, 0.5, 0.9):  # P(T <= t) = P(b >= 0.999 (1 - t)) = 1 - (0.999 (1 - t))^1.5
+        assert abs((time <= t).mean() - (1 - (0.999 * (1 - t)) ** 1.5)) < 0.005
+    assert (time < 0.5).mean() > 0.6, "the noisy end is favoured"
+
+
+def test_masked_error():
+    predicted, target = normal(2, 3, 2), np.zeros((2, 3, 2), np.float32)
+    mask = np.array([[True, False, True], [False, False, False]])
+    error = squared_error(predicted, target, mask)
+    np.testing.assert_allclose(error, [(predicted[0, [0, 2]] ** 2).mean(), 0.0], rtol=1e-6)
+
+
+def test_a_straight_field_is_solved_exactly_in_any_number_of_steps():
+    noise, data = normal(5, 4, 2), normal(5, 4, 2, seed=1)
+    for steps in (1, 4, 7):
+        np.testing.assert_allclose(solve(lambda x, t: data - noise, noise, steps=steps), data, atol=1e-5)
+    with pytest.raises(ValueError, match="at least one"):
+        solve(lambda x, t: x, noise, steps=0)
+
+
+def test_the_field_is_asked_at_the_left_ends_of_the_steps():
+    x = solve(lambda x, t: jnp.full_like(x, t), jnp.zeros((1, 1, 1)), steps=4)
+    np.testing.assert_allclose(x, (0 + 0.25 + 0.5 + 0.75) / 4)
+
+
+def test_a_mixture_of_gaussians_is_recovered():
+    """Data: means -2 and 1 with weights 0.3 and 0.7, deviation 0.1. The exact field is E[data - noise | x_t]."""
+    means, weights, deviation = np.array([-2.0, 1.0]), np.array([0.3, 0.7]), 0.1
+
+    def field(x, t):
+        variance = (1 - t) ** 2 + (t * deviation) ** 2
+        log = jnp.log(weights) - (x - t * means) ** 2 / (2 * variance)
+        data = means + t * deviation**2 / variance * (x - t * means)
+        noise = (1 - t) / variance * (x - t * means)
+        return (jax.nn.softmax(log, -1) * (data - noise)).sum(-1, keepdims=True)
+
+    x = np.asarray(jax.jit(lambda noise: solve(field, noise, steps=200))(normal(20_000, 1, 1)))
+    right = x > -0.5
+    assert abs(right.mean() - 0.7) < 0.015
+    for side, mean in ((x[~right], -2.0), (x[right], 1.0)):
+        assert abs(side.mean() - mean) < 0.03 and abs(side.std() - deviation) < 0.03
+
+
+def adding(amount):
+    """Adds to the velocity and counts its calls."""
+    return Transform(lambda noise: 0, lambda x, v, t, state: (x, v + amount, state + 1))
+
+
+def doubling():
+    return Transform(lambda noise: (), lambda x, v, t, state: (x, 2 * v, state))
+
+
+def test_transforms_are_applied_in_order():
+    noise = np.zeros((1, 1, 1), np.float32)
+
+    def run(transform):
+        return float(solve(lambda x, t: jnp.ones_like(x), noise, steps=4, transform=transform)[0, 0, 0])
+
+    assert run(identity) == 1.0 and run(chain()) == 1.0
+    assert run(chain(adding(1.0), doubling())) == 4.0
+    assert run(chain(doubling(), adding(1.0))) == 3.0
+
+
+def test_a_transform_carries_its_own_state_and_may_move_the_point():
+    def update(x, v, t, state):
+        count, first = state
+        return jnp.where(count == 2, 10.0, x), v, (count + 1, first)
+
+    hold = Transform(lambda noise: (jnp.zeros((), int), noise), update)
+    x = solve(lambda x, t: jnp.ones_like(x), jnp.zeros((1, 1, 1)), steps=4, transform=chain(adding(0.0), hold))
+    assert float(x[0, 0, 0]) == 10.5, "two more steps of 1/4 after the point was moved to 10"
+
+
+def test_the_solution_is_differentiable_in_the_noise():
+    gradient = jax.grad(lambda noise: solve(lambda x, t: -x, noise, steps=4).sum())(jnp.ones((1, 1, 1)))
+    np.testing.assert_allclose(gradient, 0.75**4, rtol=1e-6)

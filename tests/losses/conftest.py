@@ -1,0 +1,62 @@
+"""A policy small enough to compile in a second, and a batch for it."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from vla_jax.models.expert import ExpertConfig
+from vla_jax.models.normalizer import DataFacts
+from vla_jax.models.policy import Policy, PolicyConfig
+from vla_jax.models.trunk import TrunkConfig
+from vla_jax.models.vision import VisionConfig
+
+FACTS = DataFacts(
+    vocabulary=11, max_tokens=6, image_size=16, action_low=(-0.1, -0.2, 0.0), action_high=(0.1, 0.3, 0.5),
+    state_low=(-1.0, 0.0), state_high=(1.0, 4.0))
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
+CONFIG = PolicyConfig(
+    vision=VisionConfig(patch=4, merge=2, width=8, depth=1, heads=2, hidden=16),
+    trunk=TrunkConfig(width=16, depth=2, heads=2, kv_heads=1, head_width=8, hidden=24),
+    expert=ExpertConfig(width=16, depth=2, heads=2, hidden=24, head=16, future_tokens=2),
+    queries=3, chunk=4)
+
+
+@functools.cache
+def made(conditioning):
+    config = dataclasses.replace(CONFIG, conditioning=conditioning)
+    graph = nnx.split(nnx.eval_shape(lambda: Policy(config, FACTS, nnx.Rngs(0))))[0]
+    return graph, jax.jit(lambda: nnx.split(Policy(config, FACTS, nnx.Rngs(0)))[1], compiler_options=FAST_COMPILE)()
+
+
+@pytest.fixture(scope="session")
+def make_policy():
+    """A new policy with the same parameters at each call."""
+    return lambda conditioning="queries": nnx.merge(*made(conditioning))
+
+
+@pytest.fixture(scope="session")
+def compile():
+    """jax.jit that spends little time on optimisation: these programs are small and run a few times."""
+    return functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+
+
+@pytest.fixture(scope="session")
+def policy(make_policy):
+    return make_policy()
+
+
+@pytest.fixture(scope="session")
+def batch():
+    size, text, random = 3, 5, np.random.default_rng(0)
+    mask = np.arange(text) < np.array([[2], [5], [4]])
+    return {
+        "images": {view: random.integers(0, 256, (size, 16, 16, 3), dtype=np.uint8) for view in ("front", "wrist")},
+        "state": random.uniform(-1, 1, (size, 2)).astype(np.float32),
+        "tokens": np.where(mask, random.integers(1, 11, (size, text)), 0).astype(np.int32), "token_mask": mask,
+        "actions": random.uniform(-0.1, 0.3, (size, 4, 3)).astype(np.float32),
+        "action_mask": np.arange(4) < np.array([[4], [1], [3]]),
+    }

@@ -1,0 +1,283 @@
+"""The policy and its parts."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from vla_jax.errors import UserError
+from vla_jax.models.expert import ActionExpert, Condition, ExpertConfig, drop
+from vla_jax.models.normalizer import DataFacts, Normalizer
+from vla_jax.models.policy import Policy, PolicyConfig
+from vla_jax.models.trunk import TrunkConfig
+from vla_jax.models.vision import VisionConfig, merge_patches, patchify
+
+FACTS = DataFacts(
+    vocabulary=11, max_tokens=6, image_size=16, action_low=(-0.1, -0.2, 0.0), action_high=(0.1, 0.3, 0.5),
+    state_low=(-1.0, 0.0), state_high=(1.0, 4.0))
+VISION = VisionConfig(patch=4, merge=2, width=8, depth=1, heads=2, hidden=16)
+TRUNK = TrunkConfig(width=16, depth=2, heads=2, kv_heads=1, head_width=8, hidden=24)
+EXPERT = ExpertConfig(width=16, depth=2, heads=2, hidden=24, head=16, future_tokens=2)
+CONFIG = PolicyConfig(vision=VISION, trunk=TRUNK, expert=EXPERT, queries=3, chunk=4)
+KEY = jax.random.key(0)
+
+
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
+
+
+@functools.cache
+def parameters():
+    return jax.jit(lambda: nnx.split(Policy(CONFIG, FACTS, nnx.Rngs(0)))[1], compiler_options=FAST_COMPILE)()
+
+
+def make_policy(**changes):
+    """A policy of another configuration whose parameters have the same shapes, with the same parameters."""
+    policy = nnx.eval_shape(lambda: Policy(dataclasses.replace(CONFIG, **changes), FACTS, nnx.Rngs(0)))
+    state = parameters()
+    if policy.queries is None:
+        state = nnx.State({name: part for name, part in state.items() if name != "queries"})
+    return nnx.merge(nnx.split(policy)[0], state)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=FAST_COMPILE)
+def compiled(method, graph, state, *inputs):
+    return method(nnx.merge(graph, state), *inputs)
+
+
+def call(module, method, *inputs):
+    """method(module, *inputs), compiled once for each method and kind of module."""
+    graph, state = nnx.split(module)
+    return compiled(method, graph, state, *inputs)
+
+
+@pytest.fixture(scope="module", params=["queries", "tokens"])
+def policy(request):
+    return make_policy(conditioning=request.param)
+
+
+@pytest.fixture(scope="module")
+def observation():
+    random = np.random.default_rng(0)
+    return {"images": {view: random.integers(0, 256, (3, 16, 16, 3), dtype=np.uint8) for view in ("front", "wrist")},
+            "state": random.uniform(-1, 1, (3, 2)).astype(np.float32)}
+
+
+TOKENS = np.array([[3, 4, 0, 0], [5, 6, 7, 0], [8, 9, 10, 1]], np.int32)
+
+
+def act(policy, observation, tokens, mask, key=KEY):
+    return np.asarray(call(policy, Policy.act, observation, tokens, mask, key))
+
+
+def encode(policy, images, tokens):
+    return policy.encode(images, tokens, tokens > 0)["posterior"]
+
+
+def velocity(expert, actions, time, condition, key=None):
+    return expert(actions, time, expert.read(condition), key)
+
+
+def see(policy, images):
+    return policy.vision(images)
+
+
+def test_actions_are_in_si_units(policy, observation):
+    actions = act(policy, observation, TOKENS, TOKENS > 0)
+    assert actions.shape == (3, 4, 3) and actions.dtype == np.float32
+    noise = jax.random.normal(KEY, actions.shape)
+
+    def inside(policy, observation, tokens):
+        reading = policy.encode(observation["images"], tokens, tokens > 0)["posterior"]
+        return policy.sample(policy.condition(reading, observation["state"]), noise)
+
+    low, high = np.array(FACTS.action_low), np.array(FACTS.action_high)
+    expected = (np.asarray(call(policy, inside, observation, TOKENS)) + 1) / 2 * (high - low) + low
+    np.testing.assert_allclose(actions, expected, atol=1e-5)
+
+
+def test_actions_depend_on_everything_they_should(policy, observation):
+    base = act(policy, observation, TOKENS, TOKENS > 0)
+    other = {**observation, "state": observation["state"] + 0.5}
+    dark = {**observation, "images": {**observation["images"], "wrist": 0 * observation["images"]["wrist"]}}
+    swapped = np.where(TOKENS == 4, 5, TOKENS)
+    assert np.abs(act(policy, other, TOKENS, TOKENS > 0) - base).max() > 1e-4
+    assert np.abs(act(policy, dark, TOKENS, TOKENS > 0) - base).max() > 1e-4
+    assert np.abs(act(policy, observation, swapped, TOKENS > 0) - base)[0].max() > 1e-6
+    np.testing.assert_allclose(act(policy, observation, swapped, TOKENS > 0)[1:], base[1:], atol=1e-6)
+    assert np.abs(act(policy, observation, TOKENS, TOKENS > 0, jax.random.key(1)) - base).max() > 1e-3
+
+
+def test_padding_changes_no_action(policy, observation):
+    base = act(policy, observation, TOKENS, TOKENS > 0)
+    rubbish = np.where(TOKENS > 0, TOKENS, 7)
+    longer = np.pad(rubbish, ((0, 0), (0, 2)), constant_values=9)
+    np.testing.assert_allclose(act(policy, observation, rubbish, TOKENS > 0), base, atol=1e-5)
+    np.testing.assert_allclose(act(policy, observation, longer, np.pad(TOKENS > 0, ((0, 0), (0, 2)))), base, atol=1e-5)
+
+
+def test_an_empty_instruction_gives_finite_actions(policy, observation):
+    assert np.isfinite(act(policy, observation, TOKENS, np.zeros_like(TOKENS, bool))).all()
+
+
+def test_the_expert_sees_the_latent_queries_and_nothing_else(observation):
+    policy = make_policy()
+    reading = call(policy, encode, observation["images"], TOKENS)
+    assert reading.hidden.shape == (3, CONFIG.queries, 16) and reading.valid is None
+    baseline = make_policy(conditioning="tokens")
+    reading = call(baseline, encode, observation["images"], TOKENS)
+    assert reading.hidden.shape == (3, 8 + 4, 16)
+    assert (np.asarray(reading.valid) == np.concatenate([np.ones((3, 8), bool), TOKENS > 0], 1)).all()
+
+
+def test_scan_remat_and_the_unrolled_loop_agree(observation):
+    looped = [dataclasses.replace(part, scan=True, remat=True) for part in (VISION, TRUNK, EXPERT)]
+    policy = make_policy(vision=looped[0], trunk=looped[1], expert=looped[2])
+    np.testing.assert_allclose(
+        act(policy, observation, TOKENS, TOKENS > 0), act(make_policy(), observation, TOKENS, TOKENS > 0), atol=1e-4)
+
+
+def test_half_precision_computes_near_full_precision(observation):
+    policy = make_policy(dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(policy))} == {jnp.dtype("float32")}
+    actions = act(policy, observation, TOKENS, TOKENS > 0)
+    assert actions.dtype == np.float32
+    np.testing.assert_allclose(actions, act(make_policy(), observation, TOKENS, TOKENS > 0), atol=0.1)
+
+
+def test_bounds_are_not_trained():
+    graph, parameters, rest = nnx.split(make_policy(), nnx.Param, ...)
+    assert set(rest.keys()) == {"normalizer"} and "normalizer" not in parameters
+
+
+def expert_and_inputs(**changes):
+    config = dataclasses.replace(EXPERT, **changes)
+    options = dict(context_width=6, chunk=4, action_width=3, state_width=2, dtype="float32")
+    expert = ActionExpert(config, **options, rngs=nnx.Rngs(0))
+    random = np.random.default_rng(1)
+    condition = Condition(
+        random.normal(size=(2, 5, 6)).astype(np.float32), random.random((2, 5)) < 0.7,
+        random.normal(size=(2, 2)).astype(np.float32))
+    actions = random.normal(size=(2, 3, 4, 3)).astype(np.float32)
+    return expert, condition, actions, random.random((2, 3)).astype(np.float32)
+
+
+def test_draws_do_not_see_each_other():
+    expert, condition, actions, time = expert_and_inputs()
+    together = call(expert, velocity, actions, time, condition)
+    for r in range(3):
+        alone = call(expert, velocity, actions[:, [r]], time[:, [r]], condition)
+        np.testing.assert_allclose(together[:, [r]], alone, atol=1e-5)
+
+
+def test_the_expert_looks_at_the_condition_first_and_at_itself_second():
+    """One pair: an action sees the others only through the second block, the context only through the first."""
+    expert, condition, actions, time = expert_and_inputs()
+    base = np.asarray(call(expert, velocity, actions, time, condition))
+    moved = actions.copy()
+    moved[:, :, 0] += 1.0
+    assert (np.abs(np.asarray(call(expert, velocity, moved, time, condition)) - base).max((0, 1, 3)) > 1e-6).all()
+    expert.pairs.layers.own.attention.output.kernel[...] *= 0
+    base = np.asarray(call(expert, velocity, actions, time, condition))
+    change = np.abs(np.asarray(call(expert, velocity, moved, time, condition)) - base).max((0, 1, 3))
+    assert change[0] > 1e-6 and (change[1:] == 0).all()
+    other = condition._replace(context=condition.context + 1)
+    assert np.abs(np.asarray(call(expert, velocity, actions, time, other)) - base).max() > 1e-6
+    expert.pairs.layers.cross.attention.output.kernel[...] *= 0
+    base = np.asarray(call(expert, velocity, actions, time, condition))
+    assert np.abs(np.asarray(call(expert, velocity, actions, time, other)) - base).max() == 0
+
+
+def test_masked_context_is_not_seen():
+    expert, condition, actions, time = expert_and_inputs()
+    hidden = (condition.context + 5 * ~condition.valid[..., None]).astype(np.float32)
+    np.testing.assert_allclose(
+        call(expert, velocity, actions, time, condition._replace(context=hidden)),
+        call(expert, velocity, actions, time, condition), atol=1e-5)
+
+
+def test_flow_time_counts_in_thousandths():
+    expert, condition, actions, time = expert_and_inputs()
+    values = [np.asarray(call(expert, velocity, actions, np.full_like(time, t), condition))
+              for t in (0.1231, 0.1239, 0.2239)]
+    assert (values[0] == values[1]).all() and np.abs(values[0] - values[2]).max() > 1e-5
+
+
+def test_the_state_token_can_be_left_out():
+    for token, changes in ((True, True), (False, False)):
+        expert, condition, actions, time = expert_and_inputs(state_token=token)
+        base = np.asarray(call(expert, velocity, actions, time, condition))
+        other = np.asarray(call(expert, velocity, actions, time, condition._replace(state=condition.state + 1)))
+        assert (np.abs(other - base).max() > 1e-6) == changes
+
+
+def test_dropout_needs_a_key():
+    expert, condition, actions, time = expert_and_inputs(dropout=0.3)
+    key = jax.random.key(0)
+    plain = call(expert, velocity, actions, time, condition)
+    one, same, two = (call(expert, velocity, actions, time, condition, k) for k in (key, key, jax.random.key(1)))
+    assert (one == same).all() and np.abs(one - two).max() > 1e-4 and np.abs(one - plain).max() > 1e-4
+
+
+def test_dropout_keeps_the_mean():
+    dropped = np.asarray(drop(jnp.ones(100_000), 0.3, jax.random.key(0)))
+    assert abs((dropped == 0).mean() - 0.3) < 0.01 and abs(dropped.mean() - 1) < 0.01
+
+
+def test_patches_are_cut_in_raster_order():
+    image = np.arange(4 * 4 * 3).reshape(1, 4, 4, 3).astype(np.uint8)
+    patches = np.asarray(patchify(image, 2))
+    assert patches.shape == (1, 4, 12)
+    assert (patches[0, 1] == image[0, :2, 2:].reshape(-1)).all()
+    assert (patches[0, 2] == image[0, 2:, :2].reshape(-1)).all()
+    grid = np.arange(16.0).reshape(1, 16, 1)
+    merged = np.asarray(merge_patches(grid, 2))[0]
+    assert (merged == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]).all()
+
+
+def test_views_are_told_apart(observation):
+    policy = make_policy()
+    image = observation["images"]["front"]
+    tokens = np.asarray(call(policy, see, {"front": image, "wrist": image}))
+    assert tokens.shape == (3, 8, 16) and np.abs(tokens[:, :4] - tokens[:, 4:]).max() > 1e-3
+    swapped = {"front": observation["images"]["wrist"], "wrist": image}
+    changed = np.asarray(call(policy, see, swapped))
+    np.testing.assert_allclose(changed[:, 4:], tokens[:, 4:], atol=1e-5)
+
+
+def test_units_are_inverted_exactly():
+    normalizer = Normalizer(FACTS)
+    action = np.array([[0.1, -0.2, 0.25]], np.float32)
+    np.testing.assert_allclose(normalizer.normalize_action(action), [[1, -1, 0]], atol=1e-6)
+    np.testing.assert_allclose(normalizer.denormalize_action(normalizer.normalize_action(action)), action, atol=1e-7)
+    np.testing.assert_allclose(normalizer.normalize_state(np.array([0.0, 4.0])), [0, 1], atol=1e-6)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(conditioning="everything"), "'queries' or 'tokens'"),
+    (dict(queries=0), "at least one latent query"),
+    (dict(vision=dataclasses.replace(VISION, patch=5)), "16 is not a multiple of vision.patch x vision.merge = 5 x 2"),
+    (dict(vision=dataclasses.replace(VISION, heads=3)), "vision.heads = 3"),
+    (dict(trunk=dataclasses.replace(TRUNK, kv_heads=3)), "trunk.kv_heads = 3"),
+    (dict(trunk=dataclasses.replace(TRUNK, head_width=7)), "even"),
+    (dict(expert=dataclasses.replace(EXPERT, depth=3)), "expert.depth = 3 must be even"),
+    (dict(expert=dataclasses.replace(EXPERT, heads=3)), "expert.heads = 3"),
+])
+def test_impossible_settings_are_named(changes, message):
+    with pytest.raises(UserError, match=message):
+        nnx.eval_shape(lambda: Policy(dataclasses.replace(CONFIG, **changes), FACTS, nnx.Rngs(0)))
+
+
+def test_impossible_inputs_are_named(observation):
+    policy, tokens = make_policy(), np.ones((3, 7), np.int32)
+    with pytest.raises(UserError, match="7 tokens; this policy was made for at most 6"):
+        policy.encode(observation["images"], tokens, tokens > 0)
+    with pytest.raises(UserError, match="'wrist', got none"):
+        policy.encode({"front": observation["images"]["front"]}, TOKENS, TOKENS > 0)
+    with pytest.raises(UserError, match="no prior branch"):
+        make_policy(conditioning="tokens").encode(observation["images"], TOKENS, TOKENS > 0, ("prior", "posterior"))
+    with pytest.raises(UserError, match="low < high"):
+        dataclasses.replace(FACTS, state_low=(1.0, 0.0))

@@ -1,0 +1,146 @@
+"""Each block against its formula."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from vla_jax.nn.attention import Attention, attend
+from vla_jax.nn.dense import Dense
+from vla_jax.nn.mlp import GeluMLP, SwiGLU
+from vla_jax.nn.norm import LayerNorm, RMSNorm
+from vla_jax.nn.rotary import rotate, rotation
+from vla_jax.nn.stack import Stack
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def close(a, b, tolerance=1e-5):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=tolerance, rtol=tolerance)
+
+
+def test_dense_keeps_leading_axes():
+    layer = Dense(4, 3, rngs=nnx.Rngs(0))
+    layer.bias[...] = jnp.arange(3.0)
+    x = normal(2, 5, 4)
+    close(layer(x), np.einsum("btd,df->btf", x, layer.kernel[...]) + np.arange(3.0))
+
+
+def test_dense_computes_in_its_type_with_float32_parameters():
+    layer = Dense(4, 3, dtype="bfloat16", rngs=nnx.Rngs(0))
+    assert layer(normal(2, 4)).dtype == jnp.bfloat16
+    assert layer.kernel[...].dtype == jnp.float32
+
+
+def test_norms():
+    x = 3 * normal(4, 8) + 1
+    rms, layer = RMSNorm(8), LayerNorm(8)
+    rms.scale[...], layer.scale[...], layer.bias[...] = jnp.arange(8.0), jnp.arange(8.0), jnp.ones(8)
+    close(rms(x), x / np.sqrt((x**2).mean(-1, keepdims=True)) * np.arange(8.0))
+    close(layer(x), (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) * np.arange(8.0) + 1, 1e-4)
+
+
+def test_norms_do_their_sums_in_float32():
+    x = jnp.full((1, 4096), 100.0, jnp.bfloat16)
+    assert RMSNorm(4096)(x).dtype == jnp.bfloat16
+    close(RMSNorm(4096)(x).astype(jnp.float32), np.ones((1, 4096)))
+
+
+def test_attention_by_loops():
+    q, k, v = normal(2, 3, 4, 5), normal(2, 6, 2, 5, seed=1), normal(2, 6, 2, 5, seed=2)
+    mask = np.random.default_rng(3).random((2, 3, 6)) < 0.6
+    mask[..., 0] = True
+    expected = np.zeros_like(q)
+    for b in range(2):
+        for t in range(3):
+            for n in range(4):
+                scores = np.exp(k[b, :, n // 2] @ q[b, t, n] / np.sqrt(5)) * mask[b, t]
+                expected[b, t, n] = scores / scores.sum() @ v[b, :, n // 2]
+    close(attend(q, k, v, mask), expected)
+
+
+def test_hidden_keys_have_no_effect_and_no_gradient():
+    q, k, v = normal(1, 2, 2, 4), normal(1, 3, 2, 4, seed=1), normal(1, 3, 2, 4, seed=2)
+    mask = np.array([[[True, True, False]]])
+    gradient = jax.grad(lambda k, v: attend(q, k, v, mask).sum(), argnums=(0, 1))(k, v)
+    assert all((np.asarray(g)[:, 2] == 0).all() and (np.asarray(g)[:, 1] != 0).any() for g in gradient)
+    close(attend(q, k, v, mask), attend(q, k[:, :2], v[:, :2]))
+
+
+def test_attention_normalises_in_float32():
+    q, k = jnp.zeros((1, 1, 1, 2), jnp.bfloat16), jnp.zeros((1, 1000, 1, 2), jnp.bfloat16)
+    v = jnp.ones((1, 1000, 1, 2), jnp.bfloat16)
+    jaxpr = str(jax.make_jaxpr(attend)(q, k, v))
+    assert "exp" in jaxpr and "bf16" not in next(line for line in jaxpr.splitlines() if "= exp" in line)
+
+
+def test_cross_attention_is_attention_to_given_keys():
+    layer = Attention(8, 2, 4, context_width=6, qk_norm=True, rngs=nnx.Rngs(0))
+    x, context = normal(2, 3, 8), normal(2, 5, 6, seed=1)
+    seen = layer.look(x, *layer.keys_values(context))
+    assert seen.shape == (2, 3, 8)
+    assert not np.allclose(seen, layer.look(x, *layer.keys_values(context + normal(2, 5, 6, seed=2))))
+
+
+def test_query_key_norm_makes_scores_independent_of_scale():
+    layer = Attention(8, 2, 4, qk_norm=True, bias=False, rngs=nnx.Rngs(0))
+    x = normal(2, 3, 8)
+    before = layer(x)
+    layer.query.kernel[...] *= 7.0
+    close(layer(x), before, 1e-4)
+
+
+def test_rotation_keeps_length_and_depends_on_distance_only():
+    q, k = normal(1, 1, 1, 8), normal(1, 1, 1, 8, seed=1)
+
+    def turn(x, position):
+        return np.asarray(rotate(x, rotation(np.array([position]), 8)))[0, 0, 0]
+
+    close(np.linalg.norm(turn(q, 17)), np.linalg.norm(q))
+    close(turn(q, 9) @ turn(k, 4), turn(q, 25) @ turn(k, 20), 1e-4)
+    assert abs(turn(q, 9) @ turn(k, 4) - turn(q, 9) @ turn(k, 5)) > 1e-3
+    with pytest.raises(ValueError, match="even"):
+        rotation(np.arange(3), 7)
+
+
+def test_feed_forward_layers():
+    x = normal(2, 3, 4)
+    gelu, swiglu = GeluMLP(4, 6, rngs=nnx.Rngs(0)), SwiGLU(4, 6, rngs=nnx.Rngs(1))
+    up = x @ np.asarray(gelu.up.kernel[...])
+    tanh_gelu = 0.5 * up * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3)))
+    close(gelu(x), tanh_gelu @ np.asarray(gelu.down.kernel[...]))
+    gate = x @ np.asarray(swiglu.gate.kernel[...])
+    hidden = gate / (1 + np.exp(-gate)) * (x @ np.asarray(swiglu.up.kernel[...]))
+    close(swiglu(x), hidden @ np.asarray(swiglu.down.kernel[...]))
+
+
+class Layer(nnx.Module):
+    def __init__(self, rngs):
+        self.dense = Dense(4, 4, rngs=rngs)
+
+    def __call__(self, x, each, shared):
+        return x + jnp.tanh(self.dense(x)) * each + shared
+
+
+@pytest.mark.parametrize("scan, remat", [(True, False), (False, True), (True, True)])
+def test_scan_and_remat_change_nothing(scan, remat):
+    x, each = normal(2, 4), normal(3, 1, seed=1)
+
+    def run(scan, remat):
+        graph, state = nnx.split(Stack(Layer, 3, scan=scan, remat=remat, rngs=nnx.Rngs(0)))
+
+        def loss(state, each):
+            stack = nnx.merge(graph, state)
+            return (stack(x, 0.5, each=each) ** 2).sum() + stack.map(lambda layer: layer.dense(x)).sum()
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(state, each)
+
+    jax.tree.map(lambda a, b: close(a, b, 1e-4), run(scan, remat), run(False, False))
+
+
+def test_layers_of_a_stack_differ():
+    kernel = Stack(Layer, 2, scan=False, remat=False, rngs=nnx.Rngs(0)).layers.dense.kernel[...]
+    assert kernel.shape == (2, 4, 4) and not np.allclose(kernel[0], kernel[1])
