@@ -14,10 +14,10 @@ $(VENV)/.installed: setup.cfg constraints.txt
 	touch $@
 
 quickstart: install
-	$(RUN) -m experiments.quickstart --config=configs/quickstart.py --workdir=runs/quickstart
+	$(RUN) -m experiments.compare --config=configs/quickstart.py --workdir=runs/quickstart
 
 overnight: install
-	$(RUN) -m experiments.quickstart --config=configs/overnight.py --workdir=runs/overnight
+	$(RUN) -m experiments.compare --config=configs/overnight.py --workdir=runs/overnight
 
 test: install
 	$(RUN) -m pytest
