@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vla_jax.nn.attention import Attention, attend
+from vla_jax.nn.attention import Attention, Block, attend, attend_in_blocks
 from vla_jax.nn.dense import Dense
 from vla_jax.nn.mlp import GeluMLP, SwiGLU
 from vla_jax.nn.norm import LayerNorm, RMSNorm
@@ -60,6 +60,17 @@ def test_attention_by_loops():
                 scores = np.exp(k[b, :, n // 2] @ q[b, t, n] / np.sqrt(5)) * mask[b, t]
                 expected[b, t, n] = scores / scores.sum() @ v[b, :, n // 2]
     close(attend(q, k, v, mask), expected)
+
+
+def test_attention_in_blocks_is_attention():
+    q, k, v = normal(2, 5, 4, 3), normal(2, 5, 2, 3, seed=1), normal(2, 5, 2, 3, seed=2)
+    mask = np.zeros((2, 5, 5), bool)
+    mask[:, :2, :2], mask[:, 2:, :1], mask[:, 2:, 3:] = True, True, True
+    mask[1, 2:, 4] = False
+    keys = (slice(0, 1), slice(3, 5))
+    blocks = (Block(slice(0, 2), (slice(0, 2),), mask[:, :2, :2]),
+              Block(slice(2, 5), keys, np.concatenate([mask[:, 2:, where] for where in keys], 2)))
+    close(attend_in_blocks(q, k, v, blocks), attend(q, k, v, mask))
 
 
 def test_hidden_keys_have_no_effect_and_no_gradient():

@@ -107,6 +107,29 @@ def test_the_rule_is_the_same_on_the_device():
     assert (np.asarray(sees(device, device)) == layout.mask).all()
 
 
+@pytest.mark.parametrize("layout", [
+    branched(3, 2, 4, 6, ("prior", "posterior")), branched(3, 2, 4, 6, ("posterior",)),
+    branched(3, 0, 4, 6, ("posterior",)),
+    Layout((Span("image", 2, 0, bidirectional=True), Span("action", 3, 1))),
+    Layout((Span("text", 2, 0, name="a"), Span("text", 2, 0, stream=NOISY, copies="a", name="b"))),
+])
+def test_blocks_hold_all_that_is_seen_and_leave_out_whole_spans_that_are_not(layout):
+    covered = np.zeros_like(layout.mask)
+    for queries, keys in layout.blocks:
+        for where in keys:
+            assert not covered[queries, where].any()
+            covered[queries, where] = True
+    assert (covered >= layout.mask).all()
+    assert [queries.start for queries, _ in layout.blocks[1:]] == [queries.stop for queries, _ in layout.blocks[:-1]]
+
+
+def test_packed_branches_are_never_multiplied_with_each_other():
+    layout = branched(image=10, queries=2, text=3, room=3, branches=("prior", "posterior"))
+    assert layout.blocks == (
+        (slice(0, 10), (slice(0, 10),)), (slice(10, 15), (slice(0, 15),)),
+        (slice(15, 20), (slice(0, 10), slice(15, 20))))
+
+
 def test_layouts_are_static_values():
     one, other = (branched(3, 2, 4, 6, ("posterior",)) for _ in range(2))
     assert one == other and hash(one) == hash(other) and one != branched(3, 2, 5, 6, ("posterior",))

@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from vla_jax.errors import UserError
-from vla_jax.nn.attention import Attention
+from vla_jax.nn.attention import Attention, Block
 from vla_jax.nn.mlp import SwiGLU
 from vla_jax.nn.norm import RMSNorm
 from vla_jax.nn.rotary import Rotation, rotation
@@ -48,7 +49,7 @@ class TrunkBlock(nnx.Module):
         self.mlp = SwiGLU(config.width, config.hidden, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], each: None, mask: Bool[Array, "B T T"], rotary: Rotation
+        self, x: Float[Array, "B T D"], each: None, mask: tuple[Block, ...], rotary: Rotation
     ) -> Float[Array, "B T D"]:
         x = x + self.attention(self.attention_norm(x), mask, rotary)
         return x + self.mlp(self.mlp_norm(x))
@@ -70,7 +71,15 @@ class Trunk(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], layout: Layout, valid: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
         """valid: False at padding tokens, which nobody sees. Hidden states at padding tokens mean nothing."""
-        sight = Sight(*(jnp.asarray(vector) for vector in layout.sight))
-        mask = sees(sight, sight) & valid[:, None, :]
+        mask = tuple(Block(queries, keys, _mask(layout, valid, queries, keys)) for queries, keys in layout.blocks)
         rotary = rotation(layout.sight.position, self.config.head_width, self.config.rope_theta)
         return self.norm(self.blocks(x.astype(self.dtype), mask, rotary))
+
+
+def _mask(
+    layout: Layout, valid: Bool[Array, "B T"], queries: slice, keys: tuple[slice, ...]
+) -> Bool[Array, "B T S"]:
+    """The rule of sight between some tokens, without padding keys."""
+    index = np.concatenate([np.arange(where.start, where.stop) for where in keys])
+    query, key = (Sight(*(jnp.asarray(vector[where]) for vector in layout.sight)) for where in (queries, index))
+    return sees(query, key) & jnp.concatenate([valid[:, where] for where in keys], 1)[:, None]

@@ -5,6 +5,8 @@ Axes: B batch, T query length, S key length, N query heads, K key/value heads, H
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -34,6 +36,26 @@ def attend(
     weights = jax.nn.softmax(scores, -1).astype(value.dtype)
     seen = jnp.einsum("BKNTS,BKSH->BKNTH", weights, value)
     return jnp.moveaxis(seen, 3, 1).reshape(B, T, N, H)
+
+
+class Block(NamedTuple):
+    """Part of an attention pattern: a run of queries, the runs of keys that they may look at, and which of them."""
+
+    queries: slice
+    keys: tuple[slice, ...]
+    mask: Bool[Array, "#B T S"]
+
+
+def attend_in_blocks(
+    query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: Float[Array, "B S K H"],
+    blocks: tuple[Block, ...],
+) -> Float[Array, "B T N H"]:
+    """`attend`, computing only what `blocks` names. Their queries follow one another and cover all T."""
+    seen = []
+    for block in blocks:
+        keys, values = (jnp.concatenate([x[:, where] for where in block.keys], 1) for x in (key, value))
+        seen.append(attend(query[:, block.queries], keys, values, block.mask))
+    return jnp.concatenate(seen, 1)
 
 
 class Attention(nnx.Module):
@@ -66,19 +88,20 @@ class Attention(nnx.Module):
 
     def look(
         self, x: Float[Array, "B T D"], key: Float[Array, "B S K H"], value: Float[Array, "B S K H"],
-        mask: Bool[Array, "#B #T S"] | None = None, rotary: Rotation | None = None,
+        mask: Bool[Array, "#B #T S"] | tuple[Block, ...] | None = None, rotary: Rotation | None = None,
     ) -> Float[Array, "B T D"]:
-        """Look from x at given keys and values."""
+        """Look from x at given keys and values, everywhere or as `mask` says."""
         query = self._heads(self.query(x))
         if self.query_norm is not None:
             query = self.query_norm(query)
         if rotary is not None:
             query = rotate(query, rotary)
-        seen = attend(query, key, value, mask)
+        seen = (attend_in_blocks if isinstance(mask, tuple) else attend)(query, key, value, mask)
         return self.output(seen.reshape(*x.shape[:2], -1))
 
     def __call__(
-        self, x: Float[Array, "B T D"], mask: Bool[Array, "#B #T T"] | None = None, rotary: Rotation | None = None
+        self, x: Float[Array, "B T D"], mask: Bool[Array, "#B #T T"] | tuple[Block, ...] | None = None,
+        rotary: Rotation | None = None,
     ) -> Float[Array, "B T D"]:
         """Self-attention."""
         return self.look(x, *self.keys_values(x, rotary), mask, rotary)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -138,6 +139,33 @@ class Layout:
     def mask(self) -> np.ndarray:
         """bool[T, S]: the whole rule of sight, written out."""
         return sees(self.sight, self.sight)
+
+    @functools.cached_property
+    def blocks(self) -> tuple[tuple[slice, tuple[slice, ...]], ...]:
+        """What attention has to compute: runs of query tokens, each with the runs of keys that some of them see.
+
+        Neighbouring spans of one branch make a run. Between the branches of a packed sequence, and from a prefix to
+        what follows it, nobody looks, so nothing need be computed there.
+        """
+        ends = np.cumsum([span.length for span in self.spans])
+        # the last token of a span sees all that its other tokens see
+        visible = sees(Sight(*(vector[ends - 1] for vector in self.sight)), self.sight)
+        visible = np.logical_or.reduceat(visible, ends - [span.length for span in self.spans], axis=1)
+        blocks = []
+        for _, run in itertools.groupby(range(len(self.spans)), lambda index: self.spans[index].branch):
+            run = list(run)
+            keys = np.flatnonzero(visible[run].any(0))
+            blocks.append((self._slices(run)[0], self._slices(keys)))
+        return tuple(blocks)
+
+    def _slices(self, indices) -> tuple[slice, ...]:
+        """The tokens of the spans with these indices, neighbours joined."""
+        slices: list[slice] = []
+        for where in (self[self.spans[index].name] for index in indices):
+            if slices and slices[-1].stop == where.start:
+                where = slice(slices.pop().start, where.stop)
+            slices.append(where)
+        return tuple(slices)
 
     def predecessor(self, name: str) -> int:
         """Index of the token from which the first token of span `name` is predicted: the last one before it that its
