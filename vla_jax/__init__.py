@@ -4,7 +4,7 @@ import os
 
 __version__ = "0.1.0"
 
-# jaxlib 0.10 blocks inside its own CPU thread pool while it runs batched linear algebra and host callbacks; with one thread
-# a core, two cores wait for each other for ever, silently. The pool's size is read once, when JAX starts its CPU client.
+# jaxlib 0.10 blocks inside its own CPU thread pool while it runs batched linear algebra and host callbacks; with one
+# thread a core, two cores wait for each other for ever, silently. The size is read once, when JAX first uses the CPU.
 if (os.cpu_count() or 1) < 8:
     os.environ.setdefault("NPROC", "8")

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from vla_jax.envs.kinematics import Kinematics, yaw_of
 from vla_jax.envs.mjcf import EMBODIMENTS, MAX_OPENING
-from vla_jax.envs.physics import Bodies, PhysicsState
+from vla_jax.envs.physics import Bodies
 
 ACTION_NAMES = ("dx", "dy", "dz", "dyaw", "opening")
 ACTION_UNITS = ("m", "m", "m", "rad", "m")
@@ -72,7 +72,7 @@ class Controller:
     def __init__(self, embodiment: str, model: mujoco.MjModel, kinematics: Kinematics):
         self.robot = EMBODIMENTS[embodiment]
         self._kinematics = kinematics
-        # Servos kp (c - q) - (kv + damping) q' = M q'' hold the course q(t) if c = q + lag q' + M q'' / kp is commanded.
+        # Servos kp (c - q) - (kv + damping) q' = M q'' hold the course q(t) if commanded c = q + lag q' + M q'' / kp.
         joints = self.robot.JOINTS
         self._gain = model.actuator_gainprm[:joints, 0].astype(np.float32)
         damping = model.dof_damping[:joints] - model.actuator_biasprm[:joints, 2]
@@ -84,16 +84,14 @@ class Controller:
         joints = self.robot.rest(self._kinematics, position, yaw)
         return Pose(position, yaw, jnp.full_like(yaw, MAX_OPENING), joints, jnp.zeros_like(joints))
 
-    def advance(
-        self, target: Pose, action: Float[Array, "B 5"], bodies: Bodies
-    ) -> tuple[Pose, Float[Array, "B T nu"]]:
+    def advance(self, target: Pose, action: Float[Array, "B 5"], bodies: Bodies) -> tuple[Pose, Float[Array, "B T nu"]]:
         """The set point after an action, and the commands that bring the tcp there by the end of the tick."""
-        position, yaw = self._move(target, clip_action(action), bodies)
+        action = clip_action(action)
+        position, yaw = self._move(target, action, bodies)
         joints = self.robot.inverse(self._kinematics, target.joints, position, yaw)
         arm, speed = self._course(target.joints, target.speed, joints)
-        opening = jnp.clip(action[:, 4], 0.0, MAX_OPENING)
-        finger = jnp.broadcast_to(opening[:, None, None] / 2, arm.shape[:2] + (2,))
-        return Pose(position, yaw, opening, joints, speed), jnp.concatenate([arm, finger], -1)
+        finger = jnp.broadcast_to(action[:, None, 4:] / 2, arm.shape[:2] + (2,))
+        return Pose(position, yaw, action[:, 4], joints, speed), jnp.concatenate([arm, finger], -1)
 
     def _move(self, target: Pose, action, bodies: Bodies):
         """The set point moved by an action: leashed to where the tcp is, and kept inside the workspace."""
@@ -107,8 +105,8 @@ class Controller:
         """Joint commands [B, T, J] from `start` to `goal` and the joints' speed at the end.
 
         Each joint's speed goes in a ramp from what it was to a constant that just covers the way; the command leads by
-        the servo's lag and the arm's inertia (feed-forward), so that the arm is where the action asked it to be, and not
-        a tick late.
+        the servo's lag and the arm's inertia (feed-forward), so that the arm is where the action asked it to be, and
+        not a tick late. The course starts where the last one ended, not where the arm is: so it cannot make it ring.
         """
         start, speed, goal = start[:, None], speed[:, None], goal[:, None]
         dt = 1 / (CONTROL_HZ * SUBSTEPS)

@@ -14,6 +14,7 @@ from vla_jax.envs.kinematics import Kinematics
 from vla_jax.envs.physics import Bodies, PhysicsState, make_engine
 from vla_jax.envs.scene import NUM_SLOTS, OBJECT_HALF, PARKED_X, VIEWS, Command, Scene
 from vla_jax.envs.tasks import get_task
+from vla_jax.envs.views import observe_images
 
 STREAK = 3  # consecutive ticks for which a command must stay fulfilled
 
@@ -113,8 +114,6 @@ class Tabletop:
 
     def observe(self, state: EnvState) -> dict:
         """{"images": {view: uint8[B,H,W,3]}, "state": f32[B,6]} (see control.STATE_NAMES)."""
-        from vla_jax.envs.views import observe_images
-
         images = observe_images(self.model, state.bodies, state.scene, self.config.image_size)
         return {"images": images, "state": control.proprioception(state.bodies)}
 

@@ -1,7 +1,7 @@
 """Forward kinematics and the geometric Jacobian of a MuJoCo model, in plain JAX.
 
-Both physics engines return joint positions only; everything that a task, a camera or a controller wants to know about the
-bodies follows from them here, so it is the same for both engines.
+Both physics engines return joint positions only; everything that a task, a camera or a controller wants to know about
+the bodies follows from them here, so it is the same for both engines.
 
 Axis legend: B scenes, N object slots, Z zones, J arm joints.
 """
@@ -140,7 +140,7 @@ class Kinematics:
         tcp_position, tcp_rotation = self._site(frames)
         joints = range(arm.shape[-1])
         placed = [frames[int(self._model.jnt_bodyid[joint])] for joint in joints]
-        axes = [rotation @ self._model.jnt_axis[j].astype(np.float32) for j, (_, rotation) in zip(joints, placed)]
+        axes = [rotation @ self._model.jnt_axis[j].astype(np.float32) for j, (_, rotation) in enumerate(placed)]
         return Chain(
             tcp_position=tcp_position,
             tcp_rotation=tcp_rotation,

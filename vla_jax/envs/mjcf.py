@@ -1,8 +1,8 @@
 """The table as a MuJoCo model (MJCF): plane, objects, zones, cameras, the hand, and around it one of two robots.
 
-Every object collides as a cube of 4 cm and 50 g; its drawn shape and colour belong to the scene. So one compiled program
-serves every scene, and MJX needs one collision routine only. The solver settings are the fastest that lose no grasp: fewer
-Newton iterations, a larger time step, an elliptic cone or another integrator drop objects silently.
+Every object collides as a cube of 4 cm and 50 g; its drawn shape and colour belong to the scene. So one compiled
+program serves every scene, and MJX needs one collision routine only. The solver settings are the fastest that lose no
+grasp: fewer Newton iterations, a larger time step, an elliptic cone or another integrator drop objects silently.
 
 Geoms are named by their role: "table", "object0".., "zone0".., "finger_left", "finger_right", "hand", "robot0"...
 """
@@ -22,7 +22,7 @@ TIMESTEP = 0.01  # seconds
 MAX_OPENING = 0.08  # metres between the fingers
 
 # (position, look-at point, vertical field of view in degrees) of the camera that faces the robot over the table.
-FRONT_CAMERA = ((1.17, 0.0, 0.80), (0.50, 0.0, 0.0), 25.5)
+FRONT_CAMERA = ((1.26, 0.0, 0.74), (0.445, 0.0, 0.03), 24.5)
 
 
 def _camera_axes(position, target, right) -> str:
@@ -46,7 +46,7 @@ def hand(pos: str, quat: str) -> str:
 
     Masses, inertias and travel follow MuJoCo Menagerie's panda (see panda.py). Only the fingers collide, with objects.
     """
-    eye, target = (0.075, 0.0, 0.005), (0.0, 0.0, 0.115)
+    eye, target = (0.09, 0.0, 0.035), (0.02, 0.0, 0.115)
     axes = _camera_axes(eye, target, right=(0, 1, 0))
 
     def finger(name: str, turn: str) -> str:
@@ -61,7 +61,7 @@ def hand(pos: str, quat: str) -> str:
     return f"""
       <body name="hand" pos="{pos}" quat="{quat}" gravcomp="1">
         <inertial mass="0.73" pos="-0.01 0 0.03" diaginertia="0.001 0.0025 0.0017"/>
-        <geom name="hand" type="box" size="0.028 0.095 0.028" pos="0 0 0.033" rgba="0.88 0.89 0.90 1" class="drawn"/>
+        <geom name="hand" type="box" size="0.028 0.08 0.028" pos="0 0 0.033" rgba="0.88 0.89 0.90 1" class="drawn"/>
         <camera name="wrist" pos="{eye[0]} {eye[1]} {eye[2]}" xyaxes="{axes}" fovy="75"/>
         <site name="tcp" pos="0 0 0.1034" size="0.004" rgba="0 0 0 0"/>
         {finger("finger_left", "1 0 0 0")}
@@ -89,7 +89,7 @@ def _zones() -> str:
     <body name="zone{z}" mocap="true" pos="{PARKED_X} {-0.3 - 0.2 * z} 0.002">
       <geom name="zone{z}" type="cylinder" size="{ZONE_RADIUS} 0.002" rgba="{rgba}" class="drawn"/>
     </body>"""
-        for z, rgba in zip(range(NUM_ZONES), ("0.93 0.93 0.90 1", "0.45 0.30 0.20 1"))
+        for z, rgba in zip(range(NUM_ZONES), ("0.93 0.93 0.90 1", "0.45 0.30 0.20 1"), strict=True)
     )
 
 

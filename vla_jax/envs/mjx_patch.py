@@ -2,8 +2,8 @@
 
 On jaxlib before 0.11 the CPU's fusion pass duplicates a body's whole chain of parents into every child: the Panda's
 kinematics then take exponentially long in its depth (a step of 64 scenes: 2 s instead of 20 ms). A barrier at each
-level of the body tree stops the fusion there. MJX offers no hook, so its private tree scan is wrapped; the version of MJX
-is pinned and a test times the result.
+level of the body tree stops the fusion there. MJX offers no hook, so its private tree scan is wrapped; the version of
+MJX is pinned and a test times the result.
 """
 
 import functools

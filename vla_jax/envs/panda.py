@@ -1,10 +1,10 @@
 """The Franka Panda in primitive shapes, and its inverse kinematics.
 
-Kinematic chain, inertias, joint limits and actuator gains are those of the `franka_emika_panda` model of MuJoCo Menagerie
-(https://github.com/google-deepmind/mujoco_menagerie), which is licensed under the Apache License, Version 2.0; it derives
-from Franka's public robot description (Copyright Franka Emika GmbH, Apache License, Version 2.0). Changes made here: meshes
-are replaced by capsules, cylinders and boxes that are drawn but do not collide, gravity is compensated on the links, and
-the tendon that drove both fingers is replaced by one actuator a finger.
+Kinematic chain, inertias, joint limits and actuator gains are those of the `franka_emika_panda` model of MuJoCo
+Menagerie (https://github.com/google-deepmind/mujoco_menagerie), which is licensed under the Apache License, Version
+2.0; it derives from Franka's public robot description (Copyright Franka Emika GmbH, Apache License, Version 2.0).
+Changes made here: meshes are replaced by capsules, cylinders and boxes that are drawn but do not collide, gravity is
+compensated on the links, and each finger has its own actuator, with more damping, in place of one for both.
 You may obtain a copy of the licence at http://www.apache.org/licenses/LICENSE-2.0.
 """
 
@@ -21,7 +21,8 @@ WIDE, ELBOW, WRIST = 2.8973, (-3.0718, -0.0698), (-0.0175, 3.7525)
 LIMITS = np.array(
     [(-WIDE, WIDE), (-1.7628, 1.7628), (-WIDE, WIDE), ELBOW, (-WIDE, WIDE), WRIST, (-WIDE, WIDE)], np.float32
 )
-# Servo stiffness (N m/rad), servo damping, joint damping (N m s/rad) and largest torque (N m).
+# Servo stiffness (N m/rad), servo damping, joint damping (N m s/rad) and largest torque (N m): Menagerie's MJX variant.
+# The stiffer servos of its other variant chatter at this time step whenever they reach their torque limit.
 GAINS = ((1000, 20, 40, 87),) * 2 + ((750, 4, 40, 87),) * 2 + ((300, 2, 2, 12),) * 3
 DAMPING = 0.05  # of the least squares, metres and radians alike
 REACH_ITERATIONS, REST_ITERATIONS = 3, 40
@@ -34,7 +35,7 @@ ACTUATORS = "".join(
     for i, ((kp, kv, _, force), (low, high)) in enumerate(zip(GAINS, LIMITS.tolist(), strict=True))
 )
 
-# pos, quat, mass, centre of mass, inertia (xx yy zz xy xz yz), and the drawn capsule (from, to, radius) of links 1 to 7.
+# Links 1 to 7: pos, quat, mass, centre of mass, inertia (xx yy zz xy xz yz), drawn capsule (from, to), its radius.
 LINKS = (
     ("0 0 0.333", "1 0 0 0", 4.970684, "0.003875 0.002081 -0.04762",
      "0.70337 0.70661 0.0091170 -0.00013900 0.0067720 0.019169", "0 0 -0.20 0 0 0", 0.065),
@@ -82,8 +83,8 @@ def inverse(
 ) -> Float[Array, "B 7"]:
     """Joint positions near `start` that bring the tcp to a pose, pointing down, within the joint limits.
 
-    Damped least squares: dq = J'(J J' + d^2 I)^-1 (e - J h) + h, where e is the pose error and h a small pull towards the
-    home posture that acts only within the arm's null space.
+    Damped least squares: dq = J'(J J' + d^2 I)^-1 (e - J h) + h, where e is the pose error and h a small pull towards
+    the home posture that acts only within the arm's null space.
     """
     turn = axis_rotation(np.array([0.0, 0.0, 1.0]), yaw) * np.array([1.0, -1.0, -1.0], np.float32)
 

@@ -3,8 +3,8 @@
 * `MjxEngine`: MJX, `vmap` over scenes, compiled with everything around it; for accelerators.
 * `CEngine`: MuJoCo's C engine, all scenes on all cores by a callback; many times faster on a CPU.
 
-Both step the same compiled MJCF model from the same state, so that each checks the other. The state carried between control
-ticks is the least that reproduces an episode: positions, velocities and the solver's warm start.
+Both step the same compiled MJCF model from the same state, so that each checks the other. The state carried between
+control ticks is the least that reproduces an episode: positions, velocities and the solver's warm start.
 
 Axis legend: B scenes, T physics steps of one control tick, G geoms, N object slots.
 """

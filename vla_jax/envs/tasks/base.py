@@ -1,8 +1,8 @@
 """What every task family shares: the family itself, and the pieces of a closed-loop expert.
 
-An expert is a phase machine written with arrays: the phase of each scene selects a row from the family's way-points, the
-action heads for it from where the tcp *is*, and the phase advances when it has been reached. Nothing is remembered but the
-phase, so the expert recovers from noise, and a slipped object sends it back to the start.
+An expert is a phase machine written with arrays: the phase of each scene selects a row from the family's way-points,
+the action heads for it from where the tcp *is*, and the phase advances when it has been reached. Nothing is remembered
+but the phase, so the expert recovers from noise, and a slipped object sends it back to the start.
 
 Axis legend: B scenes, P phases, N object slots.
 """

@@ -1,4 +1,4 @@
-"""Place relative: put the object that was named left of, right of, in front of or behind another (seen by the robot)."""
+"""Place relative: put the object that was named left of, right of, in front of or behind another (as the robot sees it)."""
 
 import jax.numpy as jnp
 

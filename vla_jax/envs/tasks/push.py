@@ -1,4 +1,4 @@
-"""Push: move the object that was named to the left, to the right, towards the robot or away from it (seen by the robot)."""
+"""Push: slide the object that was named to the robot's left or right, towards the robot or away from it."""
 
 import jax.numpy as jnp
 
