@@ -3,6 +3,7 @@
 python -m experiments.collect --config=configs/collect.py --config.env.task=reach --workdir=runs/data
 """
 
+import sys
 from collections.abc import Sequence
 
 from vla_jax import config as configuration
@@ -15,7 +16,11 @@ def main(argv: Sequence[str]) -> None:
     arguments = configuration.parse_args(argv, schema=CollectConfig, default_config="configs/collect.py")
     if arguments.workdir is None:
         raise UserError("no directory for the data: give one by --workdir=DIR")
-    collection = collect(configuration.resolve(CollectConfig, arguments.config), arguments.workdir)
+    try:
+        collection = collect(configuration.resolve(CollectConfig, arguments.config), arguments.workdir)
+    except KeyboardInterrupt:
+        print("nothing was kept of this collection: run the command again", file=sys.stderr)
+        raise
     print(collection.summary())
 
 

@@ -19,7 +19,7 @@ from vla_jax.envs.bias import BiasConfig, closed_form_entropy, command_distribut
 from vla_jax.envs.collect import CollectConfig, Tally, collect, instruction_entropy
 from vla_jax.envs.control import proprioception
 from vla_jax.envs.env import EnvConfig, Tabletop
-from vla_jax.envs.sampling import SceneConfig, sample_episode
+from vla_jax.envs.sampling import sample_episode
 from vla_jax.errors import UserError
 
 CONFIG = CollectConfig(env=EnvConfig(image_size=16), episodes=10, batch=8)
@@ -58,27 +58,27 @@ def test_dataset_is_complete(collection):
 
 def test_first_frame_is_the_scene(collection, env):
     """An episode can be drawn again from its seed and attempt number: same words, same state, same picture."""
-    root = jax.random.fold_in(jax.random.key(CONFIG.seed), collecting._DOMAIN)
     dataset = open_rlds(collection.path)
-    episodes = [dataset.read(number) for number in range(4)]
-    keys = jax.vmap(lambda attempt: jax.random.fold_in(root, attempt))(
-        np.array([episode.metadata["attempt"] for episode in episodes])
+    attempts = np.arange(CONFIG.batch)
+    scene, command, cue, _ = collecting._draw(
+        collecting._keys(CONFIG.seed, attempts), "reach", CONFIG.bias, CONFIG.scene
     )
-    scene, command, cue = jax.vmap(lambda key: sample_episode(key, "reach", CONFIG.bias))(keys)
     start = jax.jit(env.reset)(scene, command, cue)
     feeling = proprioception(start.bodies)
-    repeated = np.arange(collecting.FRAMES_PER_RENDER) % 4  # the one shape that collecting has compiled
+    repeated = np.arange(collecting.FRAMES_PER_RENDER) % CONFIG.batch  # the one shape that collecting has compiled
     bodies, look = jax.tree.map(lambda leaf: np.asarray(leaf)[repeated], (start.bodies, scene))
     pictures = collecting._render(env.model, bodies, look, CONFIG.env.image_size)
-    assert language.instructions("reach", scene, command) == [episode.instruction for episode in episodes]
-    for number, episode in enumerate(episodes):
-        assert episode.metadata["target"] == command.target[number]
-        assert episode.metadata["cue_target"] == cue.target[number]
-        np.testing.assert_allclose(episode.state[0], feeling[number], atol=1e-5)
+    texts = language.instructions("reach", scene, command)
+    for number in range(4):
+        episode = dataset.read(number)
+        attempt = episode.metadata["attempt"]
+        assert attempt < CONFIG.batch and episode.instruction == texts[attempt]
+        assert episode.metadata["target"] == command.target[attempt]
+        assert episode.metadata["cue_target"] == cue.target[attempt]
+        np.testing.assert_allclose(episode.state[0], feeling[attempt], atol=1e-5)
         for view in ("front", "wrist"):
             stored = decode_jpeg(episode.images[view][0])
-            difference = np.abs(stored.astype(int) - np.asarray(pictures[view][number]))
-            assert difference.mean() < 4
+            assert np.abs(stored.astype(int) - np.asarray(pictures[view][attempt])).mean() < 4
 
 
 def test_same_seed_same_data(collection, one_compile, tmp_path):
@@ -88,11 +88,12 @@ def test_same_seed_same_data(collection, one_compile, tmp_path):
     assert other.contract.fingerprint != collection.contract.fingerprint
 
 
-def test_demonstrations_meet_no_test_case(collection):
-    cases = splits.make_cases("in_distribution", "reach", CONFIG.bias, CONFIG.seed, 10)
-    dataset = open_rlds(collection.path)
-    starts = np.array([dataset.read(number).state[0, :3] for number in range(10)])
-    assert np.abs(starts[:, None] - np.asarray(cases.scene.tcp)[None]).max(axis=-1).min() > 1e-5
+def test_demonstrations_meet_no_test_case():
+    """Both fold their own number into the seed's key; every key of an attempt differs from the others and the root."""
+    assert collecting._DOMAIN != splits._DOMAIN
+    root = jax.random.fold_in(jax.random.key(0), splits._DOMAIN)
+    keys = jax.random.key_data(collecting._keys(0, np.arange(500))).tolist()
+    assert len({tuple(key) for key in keys} | {tuple(jax.random.key_data(root).tolist())}) == 501
 
 
 def test_summary_says_what_was_collected(collection):
@@ -127,21 +128,29 @@ def test_frames_belong_to_their_episodes(monkeypatch):
 def test_entropy_equals_that_of_all_sentences(task):
     """H(instruction | image) against brute force: every command, referent and template with its probability."""
     bias = BiasConfig(rho=0.3)
-    scene, _, _ = sample_episode(jax.random.key(3), task, bias, SceneConfig())
-    many, probability = command_distribution(task, scene, bias)
+    scene, _, _ = jax.jit(lambda key: sample_episode(key, task, bias))(jax.random.key(3))
+    many, probability = jax.device_get(jax.jit(lambda scene: command_distribution(task, scene, bias))(scene))
     referents = np.asarray(language.referent_distribution(scene))
     first, end = language.template_range(task)
+    wordings = [
+        (number, referent, template, share * weight / (end - first))
+        for number, share in enumerate(probability)
+        for referent, weight in enumerate(referents[many.target[number]])
+        for template in range(first, end)
+        if share * weight > 0
+    ]
+    numbers, said_referents, said_templates, shares = map(np.array, zip(*wordings, strict=True))
+    said = dataclasses.replace(
+        jax.tree.map(lambda leaf: leaf[numbers], many), referent=said_referents, template=said_templates
+    )
+    scenes = jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf)[None], len(wordings), 0), scene)
     law = collections.Counter()
-    for number, share in enumerate(np.asarray(probability)):
-        command = jax.tree.map(lambda leaf, at=number: leaf[at], many)
-        for referent, weight in enumerate(referents[int(command.target)]):
-            for template in range(first, end):
-                if share * weight > 0:
-                    said = dataclasses.replace(command, referent=np.int32(referent), template=np.int32(template))
-                    law[language.instruction(task, scene, said)] += float(share * weight) / (end - first)
+    for sentence, share in zip(language.instructions(task, scenes, said), shares, strict=True):
+        law[sentence] += float(share)
     assert sum(law.values()) == pytest.approx(1, rel=1e-5)
     expected = -sum(p * math.log(p) for p in law.values())
-    assert float(instruction_entropy(task, scene, bias)) == pytest.approx(expected, rel=1e-4)
+    entropy = jax.jit(lambda scene: instruction_entropy(task, scene, bias))(scene)
+    assert float(entropy) == pytest.approx(expected, rel=1e-4)
 
 
 def test_expert_that_always_fails_is_reported(env, monkeypatch):
@@ -161,6 +170,23 @@ def test_entry_point(one_compile, tmp_path, capsys, monkeypatch):
     assert len(open_rlds(path)) == 3
     with pytest.raises(UserError, match="already exists"):
         entry.main(arguments)
+
+
+def test_interruption_leaves_nothing(one_compile, tmp_path, capsys, monkeypatch):
+    drawn, calls = collecting._render, []
+
+    def interrupt(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return drawn(*arguments, **options)
+
+    monkeypatch.setattr(collecting, "_render", interrupt)
+    arguments = ["--config.episodes=30", "--config.batch=8", "--config.env.image_size=16", f"--workdir={tmp_path}"]
+    with pytest.raises(KeyboardInterrupt):
+        entry.main(arguments)
+    assert "nothing was kept" in capsys.readouterr().err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize(

@@ -150,11 +150,10 @@ def interface_of(env: EnvConfig) -> Interface:
 
 
 def _episodes(env: Tabletop, config: CollectConfig, tally: Tally) -> Iterator[Episode]:
-    root = jax.random.fold_in(jax.random.key(config.seed), _DOMAIN)
     render = functools.partial(_render, env.model, image_size=config.env.image_size)
     while tally.kept < config.episodes:
         first = tally.attempts
-        keys = jax.vmap(lambda attempt: jax.random.fold_in(root, attempt))(first + jnp.arange(config.batch))
+        keys = _keys(config.seed, first + np.arange(config.batch))
         scene, command, cue, entropies = _draw(keys, config.env.task, config.bias, config.scene)
         noise_key = jax.random.fold_in(keys[0], 1)
         demonstrations = demonstrate(env, scene, command, cue, noise_key, config.noise)
@@ -190,6 +189,11 @@ def _episodes(env: Tabletop, config: CollectConfig, tally: Tally) -> Iterator[Ep
                     "entropy": float(entropies["entropy"][row]),
                 },
             )
+
+
+def _keys(seed: int, attempts):
+    root = jax.random.fold_in(jax.random.key(seed), _DOMAIN)
+    return jax.vmap(lambda attempt: jax.random.fold_in(root, attempt))(attempts)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
