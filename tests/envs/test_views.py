@@ -135,15 +135,15 @@ def test_light_and_brightness_are_the_scenes(floating):
 @pytest.mark.parametrize("embodiment", ["floating", "panda"])
 def test_cameras_stand_where_mujoco_puts_them(embodiment):
     env, state = table(embodiment)
-    cameras = views.cameras_of(
-        env.model, state.bodies, dataclasses.replace(state.scene, camera_shift=jnp.zeros_like(state.scene.camera_shift))
-    )
-    data = mujoco.MjData(env.model)
+    shift = np.array([[0.02, -0.03, 0.01], [0.004, 0.006, -0.002]])
+    scene = dataclasses.replace(state.scene, camera_shift=jnp.broadcast_to(shift, (SCENES, len(VIEWS), 3)))
+    cameras, data = views.cameras_of(env.model, state.bodies, scene), mujoco.MjData(env.model)
     for i in range(SCENES):
         data.qpos[:] = state.physics.qpos[i]
         mujoco.mj_forward(env.model, data)
-        for v, name in enumerate(VIEWS):
-            np.testing.assert_allclose(cameras.position[i, v], data.camera(name).xpos, atol=1e-4)
+        for v, (name, body) in enumerate(zip(VIEWS, ("world", "hand"), strict=True)):
+            moved = data.camera(name).xpos + data.body(body).xmat.reshape(3, 3) @ shift[v]
+            np.testing.assert_allclose(cameras.position[i, v], moved, atol=1e-4)
             np.testing.assert_allclose(cameras.rotation[i, v], data.camera(name).xmat.reshape(3, 3), atol=1e-4)
             assert cameras.fovy[i, v] == pytest.approx(np.radians(env.model.camera(name).fovy[0]))
 

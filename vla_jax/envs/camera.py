@@ -33,7 +33,7 @@ NEAR = 0.01  # metres; nearer surfaces are not drawn, so a camera may sit inside
 FAR = 1024.0  # metres; depth of the sky, and nothing is drawn beyond
 SKY = int(np.float32(FAR).view(np.int32))  # its low bits are zero, as a power of two has no mantissa
 SHADOW_BIAS = 5e-4  # metres a shadow caster must stand above a surface; hides rounding on lit faces
-RAYS_PER_CHUNK = 2**17  # on a CPU more rays at a time fall out of the cache (measured in benchmarks/camera.py)
+RAYS_PER_CHUNK = 2**18  # on a CPU more rays at a time fall out of the cache (see benchmarks/camera.py)
 
 
 @functools.partial(
