@@ -20,7 +20,11 @@ from vla_jax.errors import UserError
 EPISODES = 3000
 
 
-# Compiling is what takes time here, so the tests share few programs.
+# Compiling is what takes time here: the tests share few programs, compiled without optimisation.
+QUICK = {"xla_backend_optimization_level": 0}
+valid_commands = jax.jit(valid_commands, static_argnums=0, compiler_options=QUICK)
+
+
 @functools.cache
 def draw(coupling, objects=3):
     """Push episodes at rho = 0.1."""
@@ -28,10 +32,10 @@ def draw(coupling, objects=3):
     def episode(key):
         return sample_episode(key, "push", BiasConfig(coupling, 0.1), SceneConfig(objects))
 
-    return jax.jit(jax.vmap(episode))(jax.random.split(jax.random.key(1), EPISODES))
+    return jax.jit(jax.vmap(episode), compiler_options=QUICK)(jax.random.split(jax.random.key(1), EPISODES))
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(jax.jit, static_argnums=1, compiler_options=QUICK)
 def law(scene, bias):
     """Commands, their probabilities, the entropies of target and of command."""
     commands, probability = bias_law.command_distribution("push", scene, bias)
@@ -53,11 +57,9 @@ def test_target_entropy_is_the_closed_form_in_every_scene(coupling, rho):
     np.testing.assert_allclose(law(scene, BiasConfig(coupling, rho))[2], closed_form_entropy(3, rho), atol=1e-5)
 
 
-@pytest.mark.parametrize("objects", [2, 4])
-def test_closed_form_holds_for_other_numbers_of_objects(objects):
-    scene, _, _ = draw("salience", objects)
-    entropy = law(scene, BiasConfig("salience", 0.2))[2]
-    np.testing.assert_allclose(entropy, closed_form_entropy(objects, 0.2), atol=1e-5)
+def test_closed_form_holds_for_another_number_of_objects():
+    scene, _, _ = draw("salience", objects=2)
+    np.testing.assert_allclose(law(scene, BiasConfig("salience", 0.2))[2], closed_form_entropy(2, 0.2), atol=1e-5)
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)

@@ -19,11 +19,14 @@ CASES = 150
 
 
 @functools.cache
-def cases(split, task_name="place_relative", seed=3, n=CASES):
-    made = make_cases(split, task_name, BIAS, seed, n)
+def cases(split, seed=3, n=CASES):
+    made = make_cases(split, "place_relative", BIAS, seed, n)
     parts = jax.tree.map(np.asarray, (made.scene, made.command, made.cue))
     assert all(leaf.shape[0] == n for leaf in jax.tree.leaves(parts)) and len(made.text) == n
     return *parts, made.text
+
+
+valid_commands = jax.jit(valid_commands, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def pair(scene, row, slot):
@@ -72,15 +75,13 @@ def test_in_distribution_mostly_asks_for_what_the_look_names():
 
 
 def test_swapped_never_asks_for_what_the_look_names():
-    scene, command, cue, _ = cases("swapped")
+    scene, command, cue, text = cases("swapped")
     assert (command.target != cue.target).all()
     for row in range(CASES):
         assert pair(scene, row, cue.target[row]) == BACKGROUND_PAIRS[scene.background[row]]
     # Following the look instead of the words is one definite deed: the same goal and relation.
     assert np.mean((command.goal == cue.goal) & (command.relation == cue.relation)) > 0.95
-    pushed, _, cue, text = cases("swapped", "push")[1], *cases("swapped", "push")[1:]
-    assert (pushed.target != cue.target).all() and np.mean(pushed.relation == cue.relation) > 0.9
-    assert len(set(text)) > 60
+    assert len(set(text)) > 0.9 * CASES
 
 
 def test_paraphrases_and_blank_keep_the_deed():
@@ -121,20 +122,21 @@ def test_new_backgrounds_ask_for_any_object():
 
 
 def test_cases_are_reproducible_and_start_alike_whatever_their_number():
-    first, again = (make_cases("swapped", "push", BIAS, 3, CASES) for _ in range(2))
-    jax.tree.map(np.testing.assert_array_equal, first.scene, again.scene)
-    assert first.text == again.text == cases("swapped", "push")[3]
-    fewer = cases("swapped", "push", n=20)
-    jax.tree.map(np.testing.assert_array_equal, fewer[:3], take(cases("swapped", "push")[:3], slice(20)))
-    assert fewer[3] == first.text[:20]
-    other = make_cases("swapped", "push", BIAS, 4, CASES)
-    assert not np.array_equal(other.scene.position, first.scene.position)
+    again = make_cases("swapped", "place_relative", BIAS, 3, CASES)
+    scene, command, cue, text = cases("swapped")
+    jax.tree.map(np.testing.assert_array_equal, (scene, command, cue), (again.scene, again.command, again.cue))
+    assert text == again.text
+    fewer = cases("swapped", n=20)
+    jax.tree.map(np.testing.assert_array_equal, fewer[:3], take((scene, command, cue), slice(20)))
+    assert fewer[3] == text[:20]
+    assert not np.array_equal(cases("swapped", seed=4)[0].position, scene.position)
 
 
 def test_cases_do_not_meet_the_training_episodes_of_the_same_seed():
     keys = jax.random.split(jax.random.key(3), CASES)
-    trained, _, _ = jax.jit(jax.vmap(lambda key: sample_episode(key, "push", BIAS)))(keys)
-    tested = cases("swapped", "push")[0]
+    draw = jax.vmap(lambda key: sample_episode(key, "place_relative", BIAS))
+    trained, _, _ = jax.jit(draw, compiler_options={"xla_backend_optimization_level": 0})(keys)
+    tested = cases("swapped")[0]
     both = np.concatenate([np.asarray(trained.tcp), tested.tcp])
     assert len(np.unique(both, axis=0)) == 2 * CASES
 
