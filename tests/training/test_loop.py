@@ -35,7 +35,7 @@ class Line(nnx.Module):
 def objective(model, batch, key, count):
     noise = 0.01 * jax.random.normal(key, ())
     error = (model.layers[0](batch["x"])[:, 0] + model.offset[...] + noise - batch["y"]) ** 2
-    terms = {"fit": term(error, batch["carried"], 1.0)}
+    terms = {"fit": term(error, batch["carried"], 1.0), "noise": term(noise + 0 * error, batch["carried"])}
     return terms["fit"].value, (terms, count + 1)
 
 
@@ -97,6 +97,13 @@ def test_resuming_is_bit_exact(tmp_path):
     assert [line for line in lines[1] if line["step"] >= 8] == [line for line in lines[0] if line["step"] >= 8]
 
 
+def test_every_step_and_every_seed_has_its_own_noise(tmp_path):
+    make_loop(tmp_path / "one", log_every=1, steps=4).run()
+    make_loop(tmp_path / "two", log_every=1, steps=4, seed=1).run()
+    noise = [line["terms/noise"] for name in ("one", "two") for line in read_metrics(tmp_path / name)]
+    assert len(noise) == len(set(noise)) == 8
+
+
 def test_constants_are_not_trained_and_the_average_moves_behind(tmp_path):
     loop = make_loop(tmp_path / "run")
     before = jax.device_get(loop.state.params)
@@ -149,8 +156,9 @@ def test_validation_and_evaluation_come_in_order_and_are_logged(tmp_path):
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [4, 8, 10]
     assert [(line["step"], line["loss"]) for line in lines if line["kind"] == "validation"] == [(5, 0.5), (10, 0.5)]
-    shares = [sum(v for k, v in line.items() if k.startswith("time/")) for line in lines if line["kind"] == "train"]
-    assert all(0.3 < share <= 1.0 for share in shares)
+    shares = [{k: v for k, v in line.items() if k.startswith("time/")} for line in lines if line["kind"] == "train"]
+    assert all(set(share) >= {"time/data", "time/step"} and 0 < sum(share.values()) <= 1.0 for share in shares)
+    assert any(share.get("time/eval", 0) > 0 for share in shares)
     assert any((tmp_path / "run" / "tensorboard").iterdir())
 
 
@@ -198,6 +206,9 @@ def test_a_stop_during_the_evaluation_repeats_it_on_resumption(tmp_path):
         make_loop(tmp_path / "last", evaluate=stopped, eval_every=10).run()
     make_loop(tmp_path / "last", evaluate=evaluate, eval_every=10).run()
     assert steps == [5, 10, 10]
+    for _ in range(2):  # the second time, nothing is left to do
+        make_loop(tmp_path / "done", evaluate=evaluate, eval_every=10).run()
+    assert steps == [5, 10, 10, 10]
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
