@@ -39,6 +39,7 @@ class Root:
     fast: bool = False
     model: Model = Model()
     scales: dict[str, float] = dataclasses.field(default_factory=dict)
+    arms: dict[str, Trunk] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if self.steps < 0:
@@ -150,6 +151,21 @@ def test_misspelt_arguments_get_a_suggestion(file, flag, message, schema):
     with pytest.raises(UserError) as error:
         C.parse_args([f"--config={file}", flag], schema=schema, flags=("resume",))
     assert message in str(error.value)
+
+
+def test_entries_of_a_mapping_are_those_of_the_file(tmp_path):
+    path = tmp_path / "arms.py"
+    path.write_text("def get_config():\n    return {'directory': 'd', 'arms': {'small': {'width': 1}, 'big': {}}}\n")
+    flags = ["--config.arms.small.layers=5", "--config.arms.big.width=9"]
+    root = C.resolve(Root, C.parse_args([f"--config={path}", *flags], schema=Root).config)
+    assert root.arms == {"small": Trunk(width=1, layers=5), "big": Trunk(width=9)}
+    for flag, message in {
+        "--config.arms.smal.layers=5": "unknown key 'arms.smal': did you mean 'arms.small'?",
+        "--config.arms.small.layer=5": "unknown key 'arms.small.layer': did you mean 'arms.small.layers'?",
+    }.items():
+        with pytest.raises(UserError) as error:
+            C.parse_args([f"--config={path}", flag], schema=Root)
+        assert message in str(error.value)
 
 
 def test_setting_below_a_plain_value_is_an_error(file):

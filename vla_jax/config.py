@@ -33,6 +33,7 @@ from vla_jax.errors import UserError
 from vla_jax.schema import (
     dataclass_in,
     diff,
+    entries_of,
     from_json,
     join,
     listing,
@@ -147,7 +148,7 @@ def load_config(spec: str) -> ConfigDict:
 
 def override(config: ConfigDict, key: str, text: str, schema: type | None = None) -> None:
     """Sets `config[key]` (a dotted key) from the text of `--config.key=text`, in place."""
-    value = _parse_by_schema(schema, key, text) if schema else _parse_by_value(config, key, text)
+    value = _parse_by_schema(schema, config, key, text) if schema else _parse_by_value(config, key, text)
     *parents, leaf = key.split(".")
     with config.unlocked(), config.ignore_type():  # a file may say 1 where the field is a float
         node = config
@@ -176,16 +177,18 @@ def run_entry(main: Callable[[Sequence[str]], Any]) -> None:
         raise SystemExit(2) from None
 
 
-def _parse_by_schema(schema: type, key: str, text: str) -> Any:
-    expected, path = schema, ""
+def _parse_by_schema(schema: type, config: ConfigDict, key: str, text: str) -> Any:
+    expected, path, present = schema, "", config
     for name in key.split("."):
-        expected = dataclass_in(expected)
-        if expected is None:
+        group, entries = dataclass_in(expected), entries_of(expected)
+        if group is None and entries is None:
             raise UserError(f"'{path}' has no settings inside it, so '{key}' cannot be set")
-        known = [field.name for field in dataclasses.fields(expected)]
+        # A mapping has the entries that the file gives it: a misspelt name must not become a new one.
+        known = [field.name for field in dataclasses.fields(group)] if group else list(present or ())
         if name not in known:
             raise UserError(unknown_key(join(path, name), [join(path, field) for field in known]))
-        expected, path = typing.get_type_hints(expected)[name], join(path, name)
+        expected, path = typing.get_type_hints(group)[name] if group else entries, join(path, name)
+        present = present.get(name) if isinstance(present, ConfigDict) else None
     return parse_value(expected, text, key)
 
 

@@ -169,8 +169,14 @@ def parse_bool(text: str, path: str) -> bool:
 
 def dataclass_in(expected: Any) -> type | None:
     """The dataclass that a field's type is or (Optional) may be."""
-    choices = (expected, *typing.get_args(expected))
+    union = typing.get_origin(expected) in (Union, types.UnionType)
+    choices = typing.get_args(expected) if union else (expected,)
     return next((choice for choice in choices if dataclasses.is_dataclass(choice)), None)
+
+
+def entries_of(expected: Any) -> Any:
+    """The type of the entries where a field is a mapping, else None."""
+    return typing.get_args(expected)[1] if typing.get_origin(expected) in (dict, Mapping) else None
 
 
 def suggest(name: str, known: Sequence[str]) -> str:

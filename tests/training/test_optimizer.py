@@ -40,7 +40,9 @@ def test_schedule_warms_up_and_ends_at_the_minimum():
 def test_scales_change_the_learning_rate_of_modules_only():
     base = dict(learning_rate=0.1, warmup_steps=0, weight_decay=0.0, clip_norm=0.0)
     plain = updates(OptimizerConfig(**base), 1.0)
-    scaled = updates(OptimizerConfig(**base, scales={"^vision/patch/bias": 1.0, "^vision/": 0.1, "words": 0.0}), 1.0)
+    scaled = updates(
+        OptimizerConfig(**base, scales=(("^vision/patch/bias", 1.0), ("^vision/", 0.1), ("words", 0.0))), 1.0
+    )
     assert plain["trunk/mlp/kernel"] == pytest.approx(-0.1, rel=1e-4)  # Adam's first step is the learning rate
     factors = {path: float(scaled[path] / plain[path]) for path in PARAMS}
     expected = {"vision/patch/kernel": 0.1, "vision/patch/bias": 1.0, "words": 0.0}
@@ -62,7 +64,7 @@ def test_clipping_bounds_the_global_norm_without_frozen_modules():
     norm = np.sqrt(sum(p.size for p in PARAMS.values()))
     clipped = updates(OptimizerConfig(**base, clip_norm=1.0), 5.0)
     assert clipped["words"] == pytest.approx(-1.0 / norm, rel=1e-3)
-    frozen = updates(OptimizerConfig(**base, clip_norm=1.0, scales={"words": 0.0}), 5.0)
+    frozen = updates(OptimizerConfig(**base, clip_norm=1.0, scales=(("words", 0.0),)), 5.0)
     assert frozen["trunk/mlp/kernel"] == pytest.approx(-1.0 / np.sqrt(norm**2 - 8), rel=1e-3)
     assert frozen["words"] == 0
 
@@ -74,18 +76,18 @@ def test_a_frozen_module_has_no_moments():
             for leaf in jax.tree.leaves(make_optimizer(OptimizerConfig(scales=scales), 1000, PARAMS).init(PARAMS))
         )
 
-    assert moments({}) - moments({"trunk": 0.0}) == 2 * (12 + 2)
+    assert moments(()) - moments((("trunk", 0.0),)) == 2 * (12 + 2)
 
 
 def test_mistakes_in_scales_are_named():
     with pytest.raises(
         UserError, match="'^visoin' matches no parameter; modules are trunk, vision, words".replace("^", r"\^")
     ):
-        make_optimizer(OptimizerConfig(scales={"^visoin": 0.1}), 1000, PARAMS)
+        make_optimizer(OptimizerConfig(scales=(("^visoin", 0.1),)), 1000, PARAMS)
     with pytest.raises(UserError, match="no regular expression"):
-        OptimizerConfig(scales={"(": 0.1})
+        OptimizerConfig(scales=(("(", 0.1),))
     with pytest.raises(UserError, match="must not be negative"):
-        OptimizerConfig(scales={"a": -1.0})
+        OptimizerConfig(scales=(("a", -1.0),))
 
 
 def test_average_follows_its_formula():

@@ -150,7 +150,7 @@ def test_mistakes_are_found_before_anything_is_written(config, tmp_path):
         train(dataclasses.replace(config, data=dataclasses.replace(config.data, directory="")), target)
     with pytest.raises(UserError, match="set both alike"):
         dataclasses.replace(config, data=dataclasses.replace(config.data, chunk=3))
-    scales = dataclasses.replace(config.optimizer, scales={"visoin": 0.1})
+    scales = dataclasses.replace(config.optimizer, scales=(("visoin", 0.1),))
     with pytest.raises(UserError, match="matches no parameter"):
         train(dataclasses.replace(config, optimizer=scales), target)
     assert not target.exists()

@@ -26,8 +26,8 @@ class OptimizerConfig:
         min_learning_rate: where the cosine ends, at `decay_steps` (0: at the run's last step).
         weight_decay: of matrices only (parameters named "kernel"): no bias, norm, embedding or query decays.
         clip_norm: the largest global norm of a gradient; 0 switches clipping off.
-        scales: {regular expression on parameter paths: factor on the learning rate}; the first match counts, what none
-            matches has factor 1, and factor 0 freezes (no update, no decay, no part in the gradient's norm).
+        scales: pairs (regular expression on parameter paths, factor on the learning rate); the first match counts, what
+            none matches has factor 1, and factor 0 freezes (no update, no decay, no part in the gradient's norm).
         ema_decay: of the averaged weights, which are evaluated; 0 keeps none.
     """
 
@@ -40,7 +40,7 @@ class OptimizerConfig:
     beta2: float = 0.95
     epsilon: float = 1e-8
     clip_norm: float = 1.0
-    scales: dict[str, float] = dataclasses.field(default_factory=dict)
+    scales: tuple[tuple[str, float], ...] = ()
     ema_decay: float = 0.999
 
     def __post_init__(self):
@@ -49,7 +49,7 @@ class OptimizerConfig:
                 raise UserError(f"optimizer.{name} is {getattr(self, name)}: it must not be negative")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"optimizer.ema_decay is {self.ema_decay}: it must be at least 0 and below 1")
-        for pattern, scale in self.scales.items():
+        for pattern, scale in self.scales:
             try:
                 re.compile(pattern)
             except re.error as error:
@@ -73,14 +73,11 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def learning_rate_scales(config: OptimizerConfig, params: Params) -> dict[str, float]:
     """The factor on the learning rate of every parameter. Raises UserError for a pattern that matches none."""
-    for pattern in config.scales:
+    for pattern, _ in config.scales:
         if not any(re.search(pattern, path) for path in params):
             modules = sorted({path.split("/")[0] for path in params})
             raise UserError(f"optimizer.scales: {pattern!r} matches no parameter; modules are {', '.join(modules)}")
-    return {
-        path: next((scale for pattern, scale in config.scales.items() if re.search(pattern, path)), 1.0)
-        for path in params
-    }
+    return {path: next((scale for pattern, scale in config.scales if re.search(pattern, path)), 1.0) for path in params}
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, params: Params) -> optax.GradientTransformation:
