@@ -75,7 +75,7 @@ def test_the_tcp_follows_commanded_deltas_within_5_mm(embodiment):
         state = step(embodiment)(state, actions(wanted, turn))
         errors.append(np.linalg.norm(state.bodies.tcp_position - before[0] - wanted, axis=-1))
         turns.append(np.abs(control.wrap(yaw_of(state.bodies.tcp_rotation) - before[1] - turn)))
-    assert np.percentile(errors, 95) < 0.005
+    assert np.max(errors) < 0.005
     assert np.percentile(turns, 95) < 0.05
     tilt = np.degrees(np.arccos(np.clip(-np.asarray(state.bodies.tcp_rotation[:, 2, 2]), -1, 1)))
     assert tilt.max() < 3.0  # the hand points down
@@ -136,6 +136,18 @@ def test_the_jacobian_is_the_derivative_of_the_tcp():
     cross = jnp.einsum("ikj,lk->ilj", spin, rotation)
     angular = jnp.stack([cross[2, 1], cross[0, 2], cross[1, 0]])
     np.testing.assert_allclose(rows[3:], angular, atol=1e-4)
+
+
+@pytest.mark.parametrize("embodiment", EMBODIMENTS)
+def test_the_mass_matrix_is_mujocos(embodiment):
+    model, joints = build_model(embodiment), EMBODIMENTS[embodiment].JOINTS
+    data, arm = mujoco.MjData(model), np.random.default_rng(1).normal(size=joints) * 0.4
+    data.qpos[:joints] = arm
+    mujoco.mj_forward(model, data)
+    full = np.zeros((model.nv, model.nv))
+    mujoco.mj_fullM(model, data, full)
+    matrix = jax.jit(Kinematics(model).mass_matrix)(jnp.asarray(arm, jnp.float32))
+    np.testing.assert_allclose(matrix, full[:joints, :joints], atol=2e-3)  # the fingers count as part of the hand
 
 
 def test_the_small_solver_solves():

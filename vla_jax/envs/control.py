@@ -77,7 +77,6 @@ class Controller:
         self._gain = model.actuator_gainprm[:joints, 0].astype(np.float32)
         damping = model.dof_damping[:joints] - model.actuator_biasprm[:joints, 2]
         self._lag = (damping / self._gain).astype(np.float32)
-        self._mass = _mass_matrix(model, self.robot.HOME)
 
     def start(self, position: Float[Array, "B 3"], yaw: Float[Array, "B"]) -> Pose:
         """The set point of an open hand at rest."""
@@ -115,15 +114,5 @@ class Controller:
         acceleration = (cruise - speed) / (RAMP_STEPS * dt) * (np.arange(SUBSTEPS) < RAMP_STEPS)[:, None]
         velocity = speed + (cruise - speed) * ramp
         position = start + (jnp.cumsum(velocity, axis=1) - velocity) * dt  # at the beginning of each physics step
-        push = jnp.einsum("btj,kj->btk", acceleration, self._mass) / self._gain
+        push = jnp.einsum("btj,bjk->btk", acceleration, self._kinematics.mass_matrix(start[:, 0])) / self._gain
         return position + self._lag * velocity + push, cruise[:, 0]
-
-
-def _mass_matrix(model: mujoco.MjModel, home: np.ndarray) -> np.ndarray:
-    """Inertia of the arm's joints in the home posture."""
-    data = mujoco.MjData(model)
-    data.qpos[: len(home)] = home
-    mujoco.mj_forward(model, data)
-    matrix = np.zeros((model.nv, model.nv))
-    mujoco.mj_fullM(model, data, matrix)
-    return matrix[: len(home), : len(home)].astype(np.float32)

@@ -59,16 +59,16 @@ class Tabletop:
         self.model = mjcf.build_model(config.embodiment)
         self.views = VIEWS
         self.max_ticks = config.max_ticks or self.task.max_ticks
-        self._kinematics = Kinematics(self.model)
-        self._controller = control.Controller(config.embodiment, self.model, self._kinematics)
-        self._engine = make_engine(config.engine, self.model)
+        self.kinematics = Kinematics(self.model)
+        self.controller = control.Controller(config.embodiment, self.model, self.kinematics)
+        self.engine = make_engine(config.engine, self.model)
 
     def reset(self, scene: Scene, command: Command, cue: Command) -> EnvState:
         """The episodes' first state: objects where the scene puts them, the hand open at `scene.tcp`. No randomness."""
         batch = scene.tcp.shape[0]
-        pose = self._controller.start(scene.tcp, scene.tcp_yaw)
+        pose = self.controller.start(scene.tcp, scene.tcp_yaw)
         physics = self._initial_physics(scene, pose)
-        bodies = self._kinematics.bodies(physics.qpos, _zones(scene))
+        bodies = self.kinematics.bodies(physics.qpos, _zones(scene))
         zeros, no = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool)
         return EnvState(
             scene=scene,
@@ -88,9 +88,9 @@ class Tabletop:
 
     def step(self, state: EnvState, action: Float[Array, "B 5"]) -> EnvState:
         """One control tick (0.1 s): moves the set point by the action, steps physics and judges the task."""
-        pose, commands = self._controller.advance(state.target_pose, action, state.bodies)
-        physics = self._engine.step(state.physics, commands)
-        bodies = self._kinematics.bodies(physics.qpos, _zones(state.scene))
+        pose, commands = self.controller.advance(state.target_pose, action, state.bodies)
+        physics = self.engine.step(state.physics, commands)
+        bodies = self.kinematics.bodies(physics.qpos, _zones(state.scene))
         fulfilled = self.task.success(state.scene, state.command, bodies, state.start)
         cue_fulfilled = self.task.success(state.scene, state.cue, bodies, state.start)
         streak = jnp.where(fulfilled, state.streak + 1, 0)

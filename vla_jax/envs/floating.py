@@ -1,12 +1,10 @@
 """A hand that floats: three slides and a turn about the vertical carry it, without an arm. For fast tests."""
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from vla_jax.envs.kinematics import Kinematics
 
-HOME = np.zeros(4, np.float32)
 JOINTS = 4  # x, y, z (metres) and yaw (radians) of the tcp
 
 DEFAULTS = """<default class="carriage"><joint armature="0.1" damping="0"/></default>"""
@@ -20,13 +18,16 @@ ACTUATORS = "".join(
 def arm(hand) -> str:
     """MJCF of the carriage; `hand(pos, quat)` is the MJCF of the hand. Joint positions are the tcp's pose."""
     return f"""
-    <body name="carriage" pos="0 0 0" gravcomp="1" childclass="carriage">
-      <inertial mass="0.5" pos="0 0 0.1" diaginertia="0.001 0.001 0.001"/>
+    <body name="gantry" gravcomp="1" childclass="carriage">
+      <inertial mass="0.25" pos="0 0 0.1" diaginertia="0.0005 0.0005 0.0005"/>
       <joint name="x" type="slide" axis="1 0 0"/>
       <joint name="y" type="slide" axis="0 1 0"/>
       <joint name="z" type="slide" axis="0 0 1"/>
-      <joint name="yaw" type="hinge" axis="0 0 1"/>
-      {hand("0 0 0.1034", "0 1 0 0")}
+      <body name="carriage" gravcomp="1">
+        <inertial mass="0.25" pos="0 0 0.1" diaginertia="0.0005 0.0005 0.0005"/>
+        <joint name="yaw" type="hinge" axis="0 0 1"/>
+        {hand("0 0 0.1034", "0 1 0 0")}
+      </body>
     </body>"""
 
 

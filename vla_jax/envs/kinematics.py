@@ -1,7 +1,8 @@
-"""Forward kinematics and the geometric Jacobian of a MuJoCo model, in plain JAX.
+"""Forward kinematics, Jacobian and inertia of a MuJoCo model, in plain JAX.
 
 Both physics engines return joint positions only; everything that a task, a camera or a controller wants to know about
-the bodies follows from them here, so it is the same for both engines.
+the bodies follows from them here, so it is the same for both engines. A body moves on a free joint, on slides, on one
+hinge, or not at all.
 
 Axis legend: B scenes, N object slots, Z zones, J arm joints.
 """
@@ -50,6 +51,7 @@ def _constant_rotation(quaternion: np.ndarray) -> np.ndarray:
     return matrix.reshape(3, 3).astype(np.float32)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chain:
     """The tcp and, for every joint of the arm, a point on its axis and the axis' direction (world frame)."""
@@ -58,6 +60,7 @@ class Chain:
     tcp_rotation: Float[Array, "*B 3 3"]
     anchor: Float[Array, "*B J 3"]
     axis: Float[Array, "*B J 3"]
+    frames: list[tuple[Float[Array, "*B 3"], Float[Array, "*B 3 3"]]]  # of the links, base to hand
 
 
 class Kinematics:
@@ -70,6 +73,7 @@ class Kinematics:
         self._zones = {model.body(f"zone{z}").id: z for z in range(NUM_ZONES)}
         self._fingers = [int(model.joint(name).qposadr[0]) for name in ("finger_left", "finger_right")]
         self._hand_chain = self._ancestors(int(model.site_bodyid[self._tcp]))
+        self._arm = [joint for body in self._hand_chain for joint in self._joints(body)]
 
     def _ancestors(self, body: int) -> list[int]:
         chain = [body]
@@ -77,20 +81,23 @@ class Kinematics:
             chain.insert(0, int(self._model.body_parentid[chain[0]]))
         return chain
 
+    def _joints(self, body: int) -> range:
+        first = int(self._model.body_jntadr[body])
+        return range(first, first + int(self._model.body_jntnum[body]))
+
     def _frame(self, body: int, parent, qpos, zone_position):
         """World position and rotation of a body, given its parent's."""
-        model, (position, rotation) = self._model, parent
-        joint, count = int(model.body_jntadr[body]), int(model.body_jntnum[body])
+        model, (position, rotation), joints = self._model, parent, self._joints(body)
         if body in self._zones:
             xy = zone_position[..., self._zones[body], :]
             height = jnp.broadcast_to(jnp.float32(model.body_pos[body][2]), xy.shape[:-1] + (1,))
             return jnp.concatenate([xy, height], -1), jnp.broadcast_to(jnp.eye(3), xy.shape[:-1] + (3, 3))
-        if count and model.jnt_type[joint] == FREE:
-            at = int(model.jnt_qposadr[joint])
+        if joints and model.jnt_type[joints[0]] == FREE:
+            at = int(model.jnt_qposadr[joints[0]])
             return qpos[..., at : at + 3], quaternion_matrix(qpos[..., at + 3 : at + 7])
         position = position + rotation @ model.body_pos[body].astype(np.float32)
         rotation = rotation @ _constant_rotation(model.body_quat[body])
-        for index in range(joint, joint + count):
+        for index in joints:
             axis, value = model.jnt_axis[index].astype(np.float32), qpos[..., int(model.jnt_qposadr[index])]
             if model.jnt_type[index] == SLIDE:
                 position = position + (rotation @ axis) * value[..., None]
@@ -135,21 +142,44 @@ class Kinematics:
         )
 
     def chain(self, arm: Float[Array, "*B J"]) -> Chain:
-        """The tcp and the joint axes of an arm whose joints are the first J hinges of the model."""
+        """The tcp and the joint axes of the arm, given its joint positions."""
         frames = self._frames(self._hand_chain, arm, None)
         tcp_position, tcp_rotation = self._site(frames)
-        joints = range(arm.shape[-1])
-        placed = [frames[int(self._model.jnt_bodyid[joint])] for joint in joints]
-        axes = [rotation @ self._model.jnt_axis[j].astype(np.float32) for j, (_, rotation) in enumerate(placed)]
+        placed = [frames[int(self._model.jnt_bodyid[joint])] for joint in self._arm]
+        axes = [
+            rotation @ self._model.jnt_axis[j].astype(np.float32)
+            for j, (_, rotation) in zip(self._arm, placed, strict=True)
+        ]
         return Chain(
             tcp_position=tcp_position,
             tcp_rotation=tcp_rotation,
             anchor=jnp.stack([position for position, _ in placed], -2),
             axis=jnp.stack(axes, -2),
+            frames=[frames[body] for body in self._hand_chain[1:]],
         )
+
+    def mass_matrix(self, arm: Float[Array, "*B J"]) -> Float[Array, "*B J J"]:
+        """Inertia of the arm's joints, motor inertia included; what the hand carries counts as part of it.
+
+        M = sum over links of m Jv' Jv + Jw' I Jw, with the Jacobians of each link's centre of mass.
+        """
+        model, chain, links = self._model, self.chain(arm), self._hand_chain[1:]
+        turns = (model.jnt_type[self._arm] == HINGE)[:, None]
+        total = jnp.asarray(np.diag(model.dof_armature[: len(self._arm)]).astype(np.float32))
+        for link, (position, rotation) in zip(links, chain.frames, strict=True):
+            mass = model.body_subtreemass[link] if link == links[-1] else model.body_mass[link]
+            principal = rotation @ _constant_rotation(model.body_iquat[link])
+            inertia = (principal * model.body_inertia[link].astype(np.float32)) @ jnp.swapaxes(principal, -1, -2)
+            centre = (position + rotation @ model.body_ipos[link].astype(np.float32))[..., None, :]
+            moves = (model.jnt_bodyid[self._arm] <= link)[:, None]
+            linear = jnp.where(turns, jnp.cross(chain.axis, centre - chain.anchor), chain.axis) * moves
+            angular = chain.axis * (turns & moves)
+            total = total + mass * linear @ jnp.swapaxes(linear, -1, -2)
+            total = total + angular @ inertia @ jnp.swapaxes(angular, -1, -2)
+        return total
 
 
 def jacobian(chain: Chain) -> Float[Array, "*B 6 J"]:
-    """Geometric Jacobian at the tcp: rows are linear (m/rad) then angular velocity, world frame."""
+    """Geometric Jacobian at the tcp of an arm of hinges: rows are linear (m/rad) then angular velocity, world frame."""
     linear = jnp.cross(chain.axis, chain.tcp_position[..., None, :] - chain.anchor)
     return jnp.swapaxes(jnp.concatenate([linear, chain.axis], -1), -1, -2)

@@ -1,4 +1,4 @@
-"""Place relative: put the object that was named left of, right of, in front of or behind another (as the robot sees it)."""
+"""Place relative: put the object that was named left of, right of, in front of or behind another, as the robot sees."""
 
 import jax.numpy as jnp
 
