@@ -1,7 +1,9 @@
 """From demonstrations to the notebook: a tiny run is collected, trained, judged, reported and looked at."""
 
+import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -13,6 +15,7 @@ from experiments.evaluate import evaluate_runs, main
 from vla_jax.analysis.imagine import Imagination
 from vla_jax.analysis.plots import plot_imagined
 from vla_jax.analysis.runs import compare_runs, load_run, sibling_runs, success_table
+from vla_jax.config import to_json
 from vla_jax.data.loader import DataConfig
 from vla_jax.envs.collect import CollectConfig, collect
 from vla_jax.envs.env import EnvConfig
@@ -46,38 +49,36 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, cache) -> list[Path]:
-    """Two trained and judged runs side by side: "baseline" and "full"."""
+    """Two judged runs side by side: "baseline" is "full" under another name, so that nothing is compiled twice."""
     place = tmp_path_factory.mktemp("runs")
     collection = collect(
         CollectConfig(env=EnvConfig(task="reach", image_size=16), episodes=8, batch=8), place / "data", progress=False
     )
     small = {"width": 8, "heads": 1, "hidden": 8}
-    evaluation = EvalConfig(splits=SPLITS, scenes=4, batch=6, execute=2, sampler_steps=1, videos=1)
-    run_dirs = []
-    for arm, conditioning in (("baseline", "tokens"), ("full", "queries")):
-        config = TrainConfig(
-            data=DataConfig(directory=str(collection.path), batch_size=4, chunk=4, threads=1, held_out_fraction=0.2),
-            policy=PolicyConfig(
-                vision=VisionConfig(depth=1, **small),
-                trunk=TrunkConfig(depth=1, kv_heads=1, head_width=8, **small),
-                expert=ExpertConfig(depth=2, head=8, **small),
-                queries=2,
-                chunk=4,
-                conditioning=conditioning,
-            ),
-            loss=LossConfig(noise_draws=1, prior_weight=0.0, llr_weight=0.0) if arm == "baseline" else LossConfig(),
-            optimizer=OptimizerConfig(warmup_steps=2),
-            eval=evaluation,
-            arm=arm,
-            steps=4,
-            log_every=1,
-            validate_every=0,
-            eval_every=0,
-            checkpoint_every=4,
-        )
-        run_dirs.append(train(config, place / arm))
-    evaluate_runs(run_dirs, {})
-    return run_dirs
+    config = TrainConfig(
+        data=DataConfig(directory=str(collection.path), batch_size=4, chunk=4, threads=1, held_out_fraction=0.2),
+        policy=PolicyConfig(
+            vision=VisionConfig(depth=1, **small),
+            trunk=TrunkConfig(depth=1, kv_heads=1, head_width=8, **small),
+            expert=ExpertConfig(depth=2, head=8, **small),
+            queries=2,
+            chunk=4,
+        ),
+        loss=LossConfig(noise_draws=1),
+        optimizer=OptimizerConfig(warmup_steps=2),
+        eval=EvalConfig(splits=SPLITS, scenes=4, batch=6, execute=2, sampler_steps=1, videos=1),
+        arm="full",
+        steps=4,
+        log_every=1,
+        validate_every=0,
+        eval_every=0,
+        checkpoint_every=4,
+    )
+    full, baseline = train(config, place / "full"), place / "baseline"
+    shutil.copytree(full, baseline)
+    (baseline / "config.json").write_text(to_json(dataclasses.replace(config, arm="baseline")))
+    evaluate_runs([baseline, full], {})
+    return [baseline, full]
 
 
 def test_evaluation_leaves_numbers_and_a_page(runs):
@@ -92,13 +93,15 @@ def test_evaluation_leaves_numbers_and_a_page(runs):
 
 
 def test_settings_change_one_evaluation(runs, tmp_path, capsys):
-    command = [f"--workdir={runs[1]}", f"--config={ROOT}/configs/evaluate.py", f"--report={tmp_path}/page.html"]
-    main([*command, "--config.eval.scenes=3", "--config.eval.splits=('swapped',)", "--config.eval.videos=0"])
-    assert (tmp_path / "page.html").is_file()
-    assert "0/3" in capsys.readouterr().out
-    evaluate_runs(runs, {})  # as it was, for the other tests
-    with pytest.raises(UserError, match="eval.scenes"):
+    run_dir = shutil.copytree(runs[1], tmp_path / "run")
+    command = [f"--workdir={run_dir}", f"--config={ROOT}/configs/evaluate.py", f"--report={tmp_path}/page.html"]
+    with pytest.raises(UserError, match="did you mean 'eval.scenes'"):
         main([*command, "--config.eval.scnes=3"])
+    main([*command, "--config.eval.scenes=3", "--config.eval.splits=('swapped',)", "--config.eval.videos=0"])
+    assert (tmp_path / "page.html").is_file() and not (run_dir / "report.html").exists()
+    (row,) = json.loads((run_dir / "results.json").read_text())["rows"]
+    assert row["split"] == "swapped" and row["trials"] == 3
+    assert f"report: {tmp_path}/page.html" in capsys.readouterr().out
 
 
 def test_runs_are_compared_in_pairs(runs):
