@@ -1,8 +1,8 @@
 """What lies on the table and what is asked for: two plain pytrees, `Scene` and `Command`.
 
 Everything that differs between scenes is an array, so that one compiled program serves every scene: objects sit in
-`NUM_SLOTS` slots, goal zones in `NUM_ZONES` slots, and an absent one is parked off the table. World frame: metres, x away
-from the robot base, y to the robot's left, z up, the table top at z = 0, the robot base at the origin.
+`NUM_SLOTS` slots, goal zones in `NUM_ZONES` slots, and an absent one is parked off the table. World frame: metres, x
+away from the robot base, y to the robot's left, z up, the table top at z = 0, the robot base at the origin.
 
 Axis legend: N object slots, Z zone slots, V camera views. Arrays are written without the leading scene axis B;
 `jax.vmap` and plain indexing add it.
