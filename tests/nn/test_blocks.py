@@ -43,10 +43,14 @@ def test_norms():
     close(layer(x), (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) * np.arange(8.0) + 1, 1e-4)
 
 
-def test_norms_do_their_sums_in_float32():
-    x = jnp.full((1, 4096), 100.0, jnp.bfloat16)
-    assert RMSNorm(4096)(x).dtype == jnp.bfloat16
-    close(RMSNorm(4096)(x).astype(jnp.float32), np.ones((1, 4096)))
+@pytest.mark.parametrize("norm", [RMSNorm, LayerNorm])
+def test_norms_compute_in_float32(norm):
+    x = jnp.tile(jnp.array([100.0, 100.5], jnp.bfloat16), 8)[None]
+    assert norm(16)(x).dtype == jnp.bfloat16
+    expected = x.astype(jnp.float32) / 100.25 if norm is RMSNorm else jnp.tile(jnp.array([-1.0, 1.0]), 8)[None]
+    close(norm(16)(x).astype(jnp.float32), expected, 5e-3)
+    roots = [line for line in str(jax.make_jaxpr(norm(16))(x)).splitlines() if "rsqrt" in line]
+    assert roots and all("f32" in line and "bf16" not in line for line in roots)
 
 
 def test_attention_by_loops():
