@@ -86,7 +86,8 @@ def test_fixtures_are_darker(floating):
     free = observe(dataclasses.replace(state.scene, movable=jnp.ones((SCENES, NUM_SLOTS), bool)))["front"]
     fixed = observe(dataclasses.replace(state.scene, movable=jnp.zeros((SCENES, NUM_SLOTS), bool)))["front"]
     pairs = [(a.mean(), b.mean()) for a, b in zip(seen(free, number), seen(fixed, number), strict=True) if len(a)]
-    assert pairs and all(dark < 0.4 * bright for bright, dark in pairs)
+    assert pairs and views.FIXTURE_SHADE < 0.5
+    np.testing.assert_allclose([dark / bright for bright, dark in pairs], views.FIXTURE_SHADE, atol=0.03)
 
 
 def test_shape_changes_the_picture_but_not_its_place(floating):
