@@ -237,8 +237,7 @@ def _draw_look(uniform, bias, objects, held_out, new_background):
     chosen = jnp.zeros(NUM_SLOTS, jnp.int32).at[:objects].set(chosen[order])
     movable = jnp.ones(NUM_SLOTS, bool)
     if bias.coupling == "uniqueness":
-        eligible = (jnp.arange(NUM_SLOTS) < objects) & ~jnp.isin(chosen, unseen)
-        movable = jnp.arange(NUM_SLOTS) == jnp.argmax(jnp.where(eligible, uniform["mark"], -1.0))
+        movable = jnp.arange(NUM_SLOTS) == jnp.argmax(uniform["mark"][:objects])
     return chosen // len(SHAPES), chosen % len(SHAPES), movable, background
 
 
