@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: install quickstart overnight test test-slow lint
+.PHONY: install quickstart test test-slow lint
 
 install: $(VENV)/.installed
 
@@ -15,9 +15,6 @@ $(VENV)/.installed: setup.cfg constraints.txt
 
 quickstart: install
 	$(RUN) -m experiments.compare --config=configs/quickstart.py --workdir=runs/quickstart
-
-overnight: install
-	$(RUN) -m experiments.compare --config=configs/overnight.py --workdir=runs/overnight
 
 test: install
 	$(RUN) -m pytest

@@ -158,7 +158,7 @@ def test_mistakes_are_found_before_anything_is_written(config, tmp_path):
 
 def wait_for_step(run_dir, step: int, process) -> None:
     """Returns once the other process has logged `step`."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
         if (run_dir / "metrics.jsonl").is_file() and any(line["step"] >= step for line in read_metrics(run_dir)):
             return
@@ -191,7 +191,7 @@ def test_ctrl_c_saves_and_prints_the_command_that_goes_on(config, start, tmp_pat
     process = start(endless(config), f"--workdir={run_dir}")
     wait_for_step(run_dir, 3, process)
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=300)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     newest = Checkpoints(run_dir).steps[-1]
@@ -203,7 +203,7 @@ def test_ctrl_c_saves_and_prints_the_command_that_goes_on(config, start, tmp_pat
 
 def test_the_entry_point_says_a_mistake_in_one_line(config, start):
     process = start(config, "--config.optimizer.learning_rat=1")
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=300)
     message = "error: unknown key 'optimizer.learning_rat': did you mean 'optimizer.learning_rate'?\n"
     assert (process.returncode, output, errors) == (2, "", message)
 
