@@ -37,7 +37,7 @@ assert len(BACKGROUNDS) == NUM_BACKGROUNDS
 
 ZONE_RGB = ((0.94, 0.94, 0.90), (0.36, 0.25, 0.18))  # plate, bowl
 ZONE_HALF_HEIGHT = (0.002, 0.006)  # metres
-FIXTURE_SHADE = 0.4  # fixtures keep this share of their colour
+FIXTURE_SHADE = 0.25  # fixtures keep this share of their colour
 DIFFUSE, AMBIENT, HEADLIGHT = 0.55, 0.27, 0.18  # together 1, so that a lit surface shows its own colour
 SKY = (0.70, 0.78, 0.86)
 
