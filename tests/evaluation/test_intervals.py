@@ -63,3 +63,9 @@ def test_pairing_is_sharper_than_two_independent_rates():
 def test_paired_comparison_refuses_unequal_lengths():
     with pytest.raises(ValueError):
         compare_paired(np.ones(3, bool), np.ones(4, bool))
+
+
+def test_wilson_holds_the_rate_at_both_ends():
+    for trials in range(1, 400):
+        assert wilson(0, trials)[0] == 0.0 < wilson(0, trials)[1]
+        assert wilson(trials, trials)[0] < wilson(trials, trials)[1] == 1.0

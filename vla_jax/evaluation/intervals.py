@@ -34,8 +34,10 @@ def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float
     centre = rate + z * z / (2 * trials)
     half = z * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
-    # At the ends one bound is 0 or 1 exactly; rounding must not push it past.
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    # At the ends one bound is the rate itself; rounding must push it neither past 0 or 1 nor past the rate.
+    low = (centre - half) / scale if successes else 0.0
+    high = (centre + half) / scale if successes < trials else 1.0
+    return low, high
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
