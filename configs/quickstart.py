@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
             "collect": {
                 "env": {"embodiment": "floating", "task": "reach", "image_size": 64},
                 "bias": {"coupling": "uniqueness", "rho": 0.1},
-                "episodes": 2000,
+                "episodes": 4000,
             },
             "arms": {name: _arm(name) for name in ("baseline", "bayesianvla")},
         }
@@ -27,7 +27,12 @@ def get_config() -> ConfigDict:
 
 
 def _arm(name: str) -> ConfigDict:
+    """A model of 0.9 M parameters that learns to reach in a few minutes on two CPU cores."""
     config = train.get_config(name)
-    config.steps = 1200
+    config.steps = 1500
     config.eval_every = 0
+    config.policy.encoder = "keypoints"
+    config.policy.trunk = {"depth": 2}
+    config.loss.noise_draws = 2
+    config.optimizer = {"learning_rate": 3e-3, "ema_decay": 0.99}
     return config

@@ -11,6 +11,7 @@ from flax import nnx
 
 from vla_jax.errors import UserError
 from vla_jax.models.expert import ActionExpert, Condition, ExpertConfig, drop
+from vla_jax.models.keypoints import KeypointConfig, KeypointEncoder, grid
 from vla_jax.models.normalizer import DataFacts, Normalizer
 from vla_jax.models.policy import Policy, PolicyConfig
 from vla_jax.models.trunk import TrunkConfig
@@ -248,6 +249,49 @@ def test_views_are_told_apart(observation):
     np.testing.assert_allclose(changed[:, 4:], tokens[:, 4:], atol=1e-5)
 
 
+def keypoint_encoder(patch=2):
+    config = KeypointConfig(points=3, patch=patch, hidden=5)
+    return KeypointEncoder(config, 16, ("front", "wrist"), 12, dtype="float32", rngs=nnx.Rngs(0))
+
+
+def test_a_keypoint_is_where_its_map_is_bright():
+    encoder = keypoint_encoder()
+    encoder.patch.kernel[...] = jnp.full((12, 5), 0.3)
+    encoder.patch.bias[...] = jnp.full(5, 2.0)
+    kernel = np.zeros((3, 3, 5, 3), np.float32)
+    kernel[1, 1] = [4.0, -4.0, 0.0]  # the first map likes bright patches, the second dark ones, the third does not care
+    encoder.maps.kernel[...] = kernel
+    image = np.zeros((1, 16, 16, 3), np.uint8)
+    image[0, 4:6, 10:12] = 255  # row 2, column 5 of 8 x 8 patches
+    place = np.asarray(call(encoder, KeypointEncoder.locate, image))[0]
+    np.testing.assert_allclose(place[0, :2], grid(8)[2 * 8 + 5], atol=1e-4)
+    np.testing.assert_allclose(place[2, :2], 0.0, atol=1e-5)
+    assert abs(place[0, 2] - 4.0 * 5 * (2.0 + 0.3 * 12)) < 1e-2 and place[2, 2] == 0
+    np.testing.assert_allclose(grid(64).std(0), 1.0, atol=0.02)
+
+
+def test_keypoints_move_with_the_picture():
+    encoder = keypoint_encoder()
+    encoder.maps.kernel[...] *= 1000.0  # so sharp that the brightest pixel of a map is its keypoint
+    image = np.zeros((2, 16, 16, 3), np.uint8)
+    image[0, 4:10, 4:10] = image[1, 6:12, 8:14] = np.random.default_rng(0).integers(0, 256, (6, 6, 3))
+    first, second = np.asarray(call(encoder, KeypointEncoder.locate, image))
+    on_object = first[:, 2] > np.asarray(call(encoder, KeypointEncoder.locate, 0 * image[:1]))[0, :, 2] + 1.0
+    assert on_object.any()
+    step = 2 * 3**0.5 / 7
+    np.testing.assert_allclose((second - first)[on_object, :2], [[2 * step, step]] * on_object.sum(), atol=2e-3)
+
+
+def test_keypoint_tokens_tell_views_and_points_apart(observation):
+    encoder, image = keypoint_encoder(), observation["images"]["front"]
+    tokens = np.asarray(call(encoder, KeypointEncoder.__call__, {"front": image, "wrist": image}))
+    assert tokens.shape == (3, encoder.tokens, 12) == (3, 6, 12)
+    assert np.abs(tokens[:, :3] - tokens[:, 3:]).max() > 0.1
+    other = {"front": observation["images"]["wrist"], "wrist": image}
+    changed = np.abs(np.asarray(call(encoder, KeypointEncoder.__call__, other)) - tokens).max((0, 2))
+    assert (changed[:3] > 1e-3).all() and (changed[3:] < 1e-6).all()
+
+
 def test_units_are_inverted_exactly():
     normalizer = Normalizer(FACTS)
     action = np.array([[0.1, -0.2, 0.25]], np.float32)
@@ -258,6 +302,8 @@ def test_units_are_inverted_exactly():
 
 @pytest.mark.parametrize("changes, message", [
     (dict(conditioning="everything"), "'queries' or 'tokens'"),
+    (dict(encoder="vitt"), "one of vit, keypoints, got 'vitt'"),
+    (dict(encoder="keypoints", keypoints=KeypointConfig(patch=5)), "16 is not a multiple of keypoints.patch = 5"),
     (dict(queries=0), "at least one latent query"),
     (dict(vision=dataclasses.replace(VISION, patch=5)), "16 is not a multiple of vision.patch x vision.merge = 5 x 2"),
     (dict(vision=dataclasses.replace(VISION, heads=3)), "vision.heads = 3"),

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from vla_jax.errors import UserError
 from vla_jax.flow.solve import Transform, identity, solve
 from vla_jax.models.expert import ActionExpert, Condition, ExpertConfig
+from vla_jax.models.keypoints import KeypointConfig, KeypointEncoder
 from vla_jax.models.normalizer import DataFacts, Normalizer
 from vla_jax.models.trunk import Trunk, TrunkConfig
 from vla_jax.models.vision import VisionConfig, VisionEncoder
@@ -27,12 +28,19 @@ from vla_jax.sequence.layouts import branched
 from vla_jax.sequence.spans import Layout
 
 
+# name: (module, the field of PolicyConfig that holds its settings)
+ENCODERS = {"vit": (VisionEncoder, "vision"), "keypoints": (KeypointEncoder, "keypoints")}
+
+
 @dataclasses.dataclass(frozen=True)
 class PolicyConfig:
-    """conditioning: "queries" (the expert sees the latent queries only) or "tokens" (it sees all of [v, l], and there
-    are no queries: the usual baseline). dtype: of the computation; parameters are float32."""
+    """encoder: "vit" (set up by `vision`) or "keypoints" (by `keypoints`).
+    conditioning: "queries" (the expert sees the latent queries only) or "tokens" (it sees all of [v, l], and there are
+    no queries: the usual baseline). dtype: of the computation; parameters are float32."""
 
+    encoder: str = "vit"
     vision: VisionConfig = VisionConfig()
+    keypoints: KeypointConfig = KeypointConfig()
     trunk: TrunkConfig = TrunkConfig()
     expert: ExpertConfig = ExpertConfig()
     views: tuple[str, ...] = ("front", "wrist")
@@ -59,6 +67,8 @@ class Policy(nnx.Module):
     """Embed, encode, velocity, sample, act."""
 
     def __init__(self, config: PolicyConfig, facts: DataFacts, rngs: nnx.Rngs):
+        if config.encoder not in ENCODERS:
+            raise UserError(f"policy.encoder must be one of {', '.join(ENCODERS)}, got {config.encoder!r}")
         if config.conditioning not in ("queries", "tokens"):
             raise UserError(f"conditioning must be 'queries' or 'tokens', got {config.conditioning!r}")
         if config.conditioning == "queries" and config.queries < 1:
@@ -66,7 +76,8 @@ class Policy(nnx.Module):
         D, dtype = config.trunk.width, config.dtype
         self.config, self.facts = config, facts
         self.normalizer = Normalizer(facts)
-        self.vision = VisionEncoder(config.vision, facts.image_size, config.views, D, dtype=dtype, rngs=rngs)
+        encoder, settings = ENCODERS[config.encoder]
+        self.vision = encoder(getattr(config, settings), facts.image_size, config.views, D, dtype=dtype, rngs=rngs)
         self.words = nnx.Param(jax.random.normal(rngs.params(), (facts.vocabulary, D)) * D**-0.5)
         self.trunk = Trunk(config.trunk, dtype=dtype, rngs=rngs)
         queries = jax.random.normal(rngs.params(), (config.queries, D)) * D**-0.5

@@ -78,17 +78,24 @@ class VisionEncoder(nnx.Module):
 
     def __call__(self, images: dict[str, UInt8[Array, "B height width 3"]]) -> Float[Array, "B T D"]:
         """All views' tokens, view after view, each in raster order."""
-        for view in self.views:
-            shape = images[view].shape[1:] if view in images else None
-            if shape != (self.image_size, self.image_size, 3):
-                raise UserError(f"the policy needs a {self.image_size} x {self.image_size} RGB image {view!r}, got "
-                                f"{'none' if shape is None else shape}")
-        pixels = jnp.stack([images[view] for view in self.views], 1)
+        pixels = stack_views(images, self.views, self.image_size)
         B, views = pixels.shape[:2]
         x = self.patch(patchify(pixels, self.patch_size) / 127.5 - 1.0)
         x = x + self.position[...] + self.view[...][:, None]
         x = self.blocks(x.reshape(B * views, *x.shape[2:]).astype(self.patch.dtype))
         return self.project(merge_patches(self.norm(x), self.merge)).reshape(B, self.tokens, -1)
+
+
+def stack_views(
+    images: dict[str, UInt8[Array, "B size size 3"]], views: tuple[str, ...], size: int
+) -> UInt8[Array, "B views size size 3"]:
+    """The named pictures side by side. Raises UserError where one is missing or of another size."""
+    for view in views:
+        shape = images[view].shape[1:] if view in images else None
+        if shape != (size, size, 3):
+            raise UserError(
+                f"the policy needs a {size} x {size} RGB image {view!r}, got {'none' if shape is None else shape}")
+    return jnp.stack([images[view] for view in views], 1)
 
 
 def patchify(pixels: UInt8[Array, "*B height width 3"], size: int) -> Float[Array, "*B T D"]:
