@@ -22,6 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from configs import quickstart
+from experiments.compare import CompareConfig
+from vla_jax.config import resolve
 from vla_jax.losses.llr import initial_gate
 from vla_jax.losses.objective import LossConfig, objective
 from vla_jax.models.expert import ExpertConfig
@@ -31,16 +34,18 @@ from vla_jax.models.trunk import TrunkConfig
 from vla_jax.models.vision import VisionConfig
 
 PEAK_SIZE = 2048
+QUICKSTART = resolve(CompareConfig, quickstart.get_config()).arms["bayesianvla"]
 WIDE = PolicyConfig(
     vision=VisionConfig(patch=8, merge=1, width=128, depth=4, heads=4, hidden=512),
     trunk=TrunkConfig(width=128, depth=4, heads=4, kv_heads=4, head_width=32, hidden=344),
     expert=ExpertConfig(width=128, depth=4, heads=4, hidden=512, head=128),
-    views=("front",), queries=64)
-SIZES = {  # policy, image size, text tokens, batch
-    "quickstart": (PolicyConfig(), 64, 14, 64),
-    "256 image tokens": (WIDE, 128, 24, 16),
+    views=("front",),
+    queries=64,
+)
+SIZES = {  # policy, image size, text tokens, batch, noise draws
+    "quickstart": (QUICKSTART.policy, 64, 14, 64, QUICKSTART.loss.noise_draws),
+    "256 image tokens": (WIDE, 128, 24, 16, 4),
 }
-SINGLE, FULL = LossConfig(prior_weight=0.0, llr_weight=0.0), LossConfig()
 
 
 class TwoPasses(Policy):
@@ -57,25 +62,33 @@ class TwoPasses(Policy):
 def random_batch(config: PolicyConfig, image_size: int, text: int, size: int) -> dict:
     random = np.random.default_rng(0)
     shape = (size, image_size, image_size, 3)
-    return jax.device_put({
-        "images": {view: random.integers(0, 256, shape, dtype=np.uint8) for view in config.views},
-        "state": random.normal(size=(size, 6)).astype(np.float32),
-        "tokens": random.integers(1, 60, (size, text)).astype(np.int32),
-        "token_mask": np.arange(text) < random.integers(text // 2, text + 1, (size, 1)),
-        "actions": random.normal(size=(size, config.chunk, 5)).astype(np.float32),
-        "action_mask": np.ones((size, config.chunk), bool)})
+    return jax.device_put(
+        {
+            "images": {view: random.integers(0, 256, shape, dtype=np.uint8) for view in config.views},
+            "state": random.normal(size=(size, 6)).astype(np.float32),
+            "tokens": random.integers(1, 60, (size, text)).astype(np.int32),
+            "token_mask": np.arange(text) < random.integers(text // 2, text + 1, (size, 1)),
+            "actions": random.normal(size=(size, config.chunk, 5)).astype(np.float32),
+            "action_mask": np.ones((size, config.chunk), bool),
+        }
+    )
 
 
 def programs(size: str) -> dict[str, tuple[Callable[[], object], float]]:
     """name -> (a call that runs one step, its floating-point operations)."""
-    config, image_size, text, batch_size = SIZES[size]
+    config, image_size, text, batch_size, draws = SIZES[size]
+    full = LossConfig(noise_draws=draws)
+    single = dataclasses.replace(full, prior_weight=0.0, llr_weight=0.0)
     facts = DataFacts(60, text, image_size, (-1.0,) * 5, (1.0,) * 5, (-1.0,) * 6, (1.0,) * 6)
     batch = random_batch(config, image_size, text, batch_size)
     tokens = dataclasses.replace(config, conditioning="tokens")
     made = {}
     for name, kind, settings, loss_config in (
-            ("single", Policy, config, SINGLE), ("packed", Policy, config, FULL),
-            ("two passes", TwoPasses, config, FULL), ("all tokens", Policy, tokens, SINGLE)):
+        ("single", Policy, config, single),
+        ("packed", Policy, config, full),
+        ("two passes", TwoPasses, config, full),
+        ("all tokens", Policy, tokens, single),
+    ):
         graph, params, rest = nnx.split(kind(settings, facts, nnx.Rngs(0)), nnx.Param, ...)
 
         def loss(params, rest, batch, key, graph=graph, loss_config=loss_config):
@@ -97,7 +110,7 @@ def measure(made: dict[str, tuple[Callable[[], object], float]], rounds: int) ->
     names = list(made)
     times = {name: np.zeros((rounds, 2)) for name in names}
     for turn in range(rounds):
-        for name in names[turn % len(names):] + names[:turn % len(names)]:
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
             wall, cpu = time.perf_counter(), time.process_time()
             jax.block_until_ready(made[name][0]())
             times[name][turn] = time.perf_counter() - wall, time.process_time() - cpu
@@ -112,17 +125,21 @@ def spread(values: np.ndarray) -> str:
 def report(size: str, rounds: int) -> None:
     made = programs(size)
     times = measure(made, rounds)
-    config, image_size, text, batch_size = SIZES[size]
-    print(f"\n{size}: batch {batch_size}, {len(config.views)} x {image_size} px, {text} text tokens, "
-          f"{config.queries} queries, {rounds} rounds")
+    config, image_size, text, batch_size, draws = SIZES[size]
+    print(
+        f"\n{size}: batch {batch_size}, {len(config.views)} x {image_size} px, {text} text tokens, "
+        f"{config.queries} queries, {draws} noise draws, {rounds} rounds"
+    )
     print("| step | GFLOP | seconds (median) | CPU seconds | x single | x single, CPU time | share of peak |")
     print("|---|---|---|---|---|---|---|")
     peak = made["peak"][1] / times["peak"][:, 0]
     for name in ("single", "packed", "two passes", "all tokens"):
         wall, cpu = times[name].T
         share = made[name][1] / wall / peak
-        print(f"| {name} | {made[name][1] / 1e9:.1f} | {np.median(wall):.3f} | {np.median(cpu):.3f} "
-              f"| {spread(wall / times['single'][:, 0])} | {spread(cpu / times['single'][:, 1])} | {spread(share)} |")
+        print(
+            f"| {name} | {made[name][1] / 1e9:.1f} | {np.median(wall):.3f} | {np.median(cpu):.3f} "
+            f"| {spread(wall / times['single'][:, 0])} | {spread(cpu / times['single'][:, 1])} | {spread(share)} |"
+        )
     print(f"peak: {spread(peak / 1e9)} GFLOP/s (float32 product of {PEAK_SIZE} x {PEAK_SIZE} matrices)")
 
 

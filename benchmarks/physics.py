@@ -1,14 +1,14 @@
 """How fast the table is: physics steps per second on both engines, and closed loops of expert, physics and success.
 
-    python -m benchmarks.physics --scenes 1 16 64 256
+python -m benchmarks.physics --scenes 1 16 64 256
 """
 
 import argparse
 import time
 
-import vla_jax  # noqa: F401  sizes the CPU thread pool before JAX starts it
 import jax
 
+import vla_jax  # noqa: F401  sizes the CPU thread pool before JAX starts it
 from vla_jax.envs.bias import BiasConfig
 from vla_jax.envs.control import SUBSTEPS
 from vla_jax.envs.env import EnvConfig, Tabletop
@@ -35,7 +35,11 @@ def loops(env: Tabletop):
 
     def physics_only(state):
         _, commands = env.controller.advance(state.target_pose, env.expert(state)[0], state.bodies)
-        return jax.lax.scan(lambda physics, _: (env.engine.step(physics, commands), None), state.physics, length=TICKS)[0]
+
+        def step(physics, _):
+            return env.engine.step(physics, commands), None
+
+        return jax.lax.scan(step, state.physics, length=TICKS)[0]
 
     def closed(state):
         def tick(state, _):
@@ -65,7 +69,10 @@ def main() -> None:
                 compiling, alone = seconds(physics_only, state)
                 _, whole = seconds(closed, state)
                 steps, ticks = scenes * TICKS * SUBSTEPS / alone, scenes * TICKS / whole
-                print(f"| {embodiment} | {engine} | {scenes} | {steps:,.0f} | {ticks:,.0f} | {compiling:.1f} |", flush=True)
+                print(
+                    f"| {embodiment} | {engine} | {scenes} | {steps:,.0f} | {ticks:,.0f} | {compiling:.1f} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Judges trained policies in closed loop; prints the table and writes results.json and report.html.
+"""Judges trained policies in closed loop; prints the table and writes results.json, report.html and report.png.
 
 python -m experiments.evaluate --workdir=runs/x [--config.eval.scenes=1000] [--compare=runs/y,runs/z] [--report=x.html]
 """
@@ -12,7 +12,7 @@ from vla_jax import config as configuration
 from vla_jax.errors import UserError
 from vla_jax.evaluation.evaluate import EvalConfig, Evaluator, format_table
 from vla_jax.evaluation.records import load_run
-from vla_jax.evaluation.report import require_extra, write_report
+from vla_jax.evaluation.report import require_extra, write_report, write_stills
 from vla_jax.evaluation.results import Results, compare, save_results
 from vla_jax.platform import setup_compilation_cache
 from vla_jax.training.checkpoints import Checkpoints, load_policy
@@ -68,8 +68,10 @@ def evaluate_runs(run_dirs: Sequence[Path], settings: Mapping[str, Any], report:
         clips[run_dir] = evaluator.film(policy, results[-1])
         print(f"{format_table(results[-1].rows)}\n", flush=True)
     print(_comparisons(results), end="")
-    path = write_report(report or run_dirs[0] / "report.html", [load_run(run_dir) for run_dir in run_dirs], clips)
-    print(f"report: {path}")
+    runs = [load_run(run_dir) for run_dir in run_dirs]
+    path = write_report(report or run_dirs[0] / "report.html", runs, clips)
+    stills = write_stills(path.with_suffix(".png"), runs, clips)
+    print(f"report: {path}" + (f"   stills: {stills}" if stills else ""))
     return path
 
 

@@ -6,13 +6,14 @@ from html.parser import HTMLParser
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from vla_jax.errors import UserError
 from vla_jax.evaluation import video
 from vla_jax.evaluation.evaluate import Clip
 from vla_jax.evaluation.intervals import wilson
 from vla_jax.evaluation.records import load_run, read_metrics
-from vla_jax.evaluation.report import write_report
+from vla_jax.evaluation.report import write_report, write_stills
 from vla_jax.evaluation.results import Results, make_row, save_results
 
 SPLITS = ("in_distribution", "swapped", "blank")
@@ -130,6 +131,19 @@ def test_report_is_whole_and_needs_nothing_else(tmp_path):
     assert "+50.0" in words and "full − baseline" in words and "c0ffee" in words
     videos = re.findall(r"data:video/mp4;base64,([A-Za-z0-9+/=]+)", text)
     assert len(videos) == 2 and text.count("<svg") == 2
+
+
+def test_stills_show_the_filmed_frames_of_each_run(tmp_path):
+    runs = [load_run(make_run_dir(tmp_path / name, name, (0.9, 0.2, 0.8))) for name in ("a", "b")]
+    clips = {run.directory: [make_clip(True), make_clip(True, "in_distribution")] for run in runs}
+    path = write_stills(tmp_path / "stills.png", runs, clips)
+    picture = np.asarray(Image.open(path))
+    frames, side = clips[runs[0].directory][0].frames, 2 * 16
+    assert picture.shape[1] == 5 * side + 4 * 6 and picture.shape[0] % 4 == 0
+    row = picture[-side:]  # the last row: swapped, of the second run
+    np.testing.assert_array_equal(row[::2, :side:2], frames[0])
+    np.testing.assert_array_equal(row[::2, -side::2], frames[-1])
+    assert write_stills(tmp_path / "none.png", runs, {}) is None and not (tmp_path / "none.png").exists()
 
 
 def test_runs_of_one_arm_are_told_apart(tmp_path):

@@ -15,14 +15,22 @@ from vla_jax.models.trunk import TrunkConfig
 from vla_jax.models.vision import VisionConfig
 
 FACTS = DataFacts(
-    vocabulary=11, max_tokens=6, image_size=16, action_low=(-0.1, -0.2, 0.0), action_high=(0.1, 0.3, 0.5),
-    state_low=(-1.0, 0.0), state_high=(1.0, 4.0))
+    vocabulary=11,
+    max_tokens=6,
+    image_size=16,
+    action_low=(-0.1, -0.2, 0.0),
+    action_high=(0.1, 0.3, 0.5),
+    state_low=(-1.0, 0.0),
+    state_high=(1.0, 4.0),
+)
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 CONFIG = PolicyConfig(
     vision=VisionConfig(patch=4, merge=2, width=8, depth=1, heads=2, hidden=16),
     trunk=TrunkConfig(width=16, depth=2, heads=2, kv_heads=1, head_width=8, hidden=24),
     expert=ExpertConfig(width=16, depth=2, heads=2, hidden=24, head=16, future_tokens=2),
-    queries=3, chunk=4)
+    queries=3,
+    chunk=4,
+)
 
 
 @functools.cache
@@ -56,7 +64,8 @@ def batch():
     return {
         "images": {view: random.integers(0, 256, (size, 16, 16, 3), dtype=np.uint8) for view in ("front", "wrist")},
         "state": random.uniform(-1, 1, (size, 2)).astype(np.float32),
-        "tokens": np.where(mask, random.integers(1, 11, (size, text)), 0).astype(np.int32), "token_mask": mask,
+        "tokens": np.where(mask, random.integers(1, 11, (size, text)), 0).astype(np.int32),
+        "token_mask": mask,
         "actions": random.uniform(-0.1, 0.3, (size, 4, 3)).astype(np.float32),
         "action_mask": np.arange(4) < np.array([[4], [1], [3]]),
     }

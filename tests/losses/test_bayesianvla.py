@@ -33,7 +33,8 @@ def read(policy, compile):
         readings = policy.encode(batch["images"], batch["tokens"], batch["token_mask"], BOTH)
         logits = {name: policy.word_logits(reading.predictors) for name, reading in readings.items()}
         llr, _ = log_likelihood_ratio(
-            logits["prior"], logits["posterior"], batch["tokens"], batch["token_mask"], initial_gate())
+            logits["prior"], logits["posterior"], batch["tokens"], batch["token_mask"], initial_gate()
+        )
         return {name: reading.hidden for name, reading in readings.items()}, logits, llr
 
     return read
@@ -91,8 +92,12 @@ def test_04_llr_has_the_gradient_of_the_language_loss_in_prior_order(policy, bat
     def cross_entropy(policy):
         reading = policy.encode(batch["images"], tokens, mask, ("prior",))["prior"]
         chosen = jax.nn.log_softmax(policy.word_logits(reading.predictors))
-        each = jnp.stack([-jnp.mean(jnp.stack([chosen[b, i, tokens[b, i]] for i in range(mask[b].sum())]))
-                          for b in range(len(tokens))])
+        each = jnp.stack(
+            [
+                -jnp.mean(jnp.stack([chosen[b, i, tokens[b, i]] for i in range(mask[b].sum())]))
+                for b in range(len(tokens))
+            ]
+        )
         return each.mean()
 
     one, other = (gradient(policy, compile, loss) for loss in (ratio, cross_entropy))
@@ -182,8 +187,11 @@ def test_08_flow_matching_runs_from_noise_to_data():
 def test_09_padding_and_batch_order_change_nothing(read, policy, batch):
     state = nnx.split(policy)[1]
     hidden, _, llr = read(state, batch)
-    grown = {**batch, "tokens": np.pad(np.where(batch["token_mask"], batch["tokens"], 7), ((0, 0), (0, 1))),
-             "token_mask": np.pad(batch["token_mask"], ((0, 0), (0, 1)))}
+    grown = {
+        **batch,
+        "tokens": np.pad(np.where(batch["token_mask"], batch["tokens"], 7), ((0, 0), (0, 1))),
+        "token_mask": np.pad(batch["token_mask"], ((0, 0), (0, 1))),
+    }
     order = np.array([2, 0, 1])
     for changed, index in ((grown, np.arange(3)), (jax.tree.map(lambda x: x[order], batch), order)):
         new_hidden, _, new_llr = read(state, changed)
@@ -203,6 +211,7 @@ class Mixture:
 
     def field(self, labels=None):
         """E[a - noise | x_t], given the label of each sample or not."""
+
         def velocity(x, t):
             x, t = x[..., None, :], t[..., None, None, None]
             away = x - t * self.means

@@ -66,8 +66,9 @@ def test_no_gradient_reaches_the_baseline_even_through_gate_and_hard_tokens():
     prior, posterior, tokens, mask = random_logits()
 
     def ratio(prior, posterior):
-        return log_likelihood_ratio(
-            prior, posterior, tokens, mask, initial_gate(), hard_tokens=3, gate=True)[0].ratio.sum()
+        return log_likelihood_ratio(prior, posterior, tokens, mask, initial_gate(), hard_tokens=3, gate=True)[
+            0
+        ].ratio.sum()
 
     by_prior, by_posterior = jax.grad(ratio, argnums=(0, 1))(prior, posterior)
     assert np.abs(by_prior).max() > 1e-3 and (np.asarray(by_posterior) == 0).all()
@@ -103,15 +104,15 @@ def run(make_policy, compile):
 def test_every_option_at_once(run, batch):
     config = LossConfig(language_weight=0.2, hard_tokens=2, gate=True, detach_prior=False)
     loss, (terms, state) = run(batch, config)
-    assert set(terms) == {
-        "fm_posterior", "fm_prior", "llr", "llr_prior", "llr_posterior", "llr_gate", "language"}
+    assert set(terms) == {"fm_posterior", "fm_prior", "llr", "llr_prior", "llr_posterior", "llr_gate", "language"}
     weights = {name: round(float(term.weight), 6) for name, term in terms.items() if float(term.weight)}
     assert weights == {"fm_posterior": 0.7, "fm_prior": 0.3, "llr": -0.1, "language": 0.2}
     assert np.isclose(float(loss), sum(float(term.weight * term.value) for term in terms.values()), atol=1e-5)
     assert bool(state.started) and float(state.mean) > 0
     _, (plain, _) = run(batch, LossConfig(language_weight=0.2))
-    assert np.isclose(float(plain["language"].value), -float(plain["llr_posterior"].value), rtol=1e-4), \
+    assert np.isclose(float(plain["language"].value), -float(plain["llr_posterior"].value), rtol=1e-4), (
         "without options both are the language loss on [v, l]"
+    )
 
 
 def test_branches_are_read_only_when_needed(batch):
@@ -134,7 +135,8 @@ def test_samples_without_valid_actions_or_words_are_left_out(run, batch):
     loss, (terms, _) = run(changed, LossConfig(language_weight=0.1, gate=True))
     assert np.isfinite(float(loss))
     assert {name: round(float(term.valid_fraction), 3) for name, term in terms.items()} == {
-        name: 0.667 for name in terms}
+        name: 0.667 for name in terms
+    }
 
 
 def test_wrong_settings_are_named():

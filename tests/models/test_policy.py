@@ -18,8 +18,14 @@ from vla_jax.models.trunk import TrunkConfig
 from vla_jax.models.vision import VisionConfig, merge_patches, patchify
 
 FACTS = DataFacts(
-    vocabulary=11, max_tokens=6, image_size=16, action_low=(-0.1, -0.2, 0.0), action_high=(0.1, 0.3, 0.5),
-    state_low=(-1.0, 0.0), state_high=(1.0, 4.0))
+    vocabulary=11,
+    max_tokens=6,
+    image_size=16,
+    action_low=(-0.1, -0.2, 0.0),
+    action_high=(0.1, 0.3, 0.5),
+    state_low=(-1.0, 0.0),
+    state_high=(1.0, 4.0),
+)
 VISION = VisionConfig(patch=4, merge=2, width=8, depth=1, heads=2, hidden=16)
 TRUNK = TrunkConfig(width=16, depth=2, heads=2, kv_heads=1, head_width=8, hidden=24)
 EXPERT = ExpertConfig(width=16, depth=2, heads=2, hidden=24, head=16, future_tokens=2)
@@ -63,8 +69,10 @@ def policy(request):
 @pytest.fixture(scope="module")
 def observation():
     random = np.random.default_rng(0)
-    return {"images": {view: random.integers(0, 256, (3, 16, 16, 3), dtype=np.uint8) for view in ("front", "wrist")},
-            "state": random.uniform(-1, 1, (3, 2)).astype(np.float32)}
+    return {
+        "images": {view: random.integers(0, 256, (3, 16, 16, 3), dtype=np.uint8) for view in ("front", "wrist")},
+        "state": random.uniform(-1, 1, (3, 2)).astype(np.float32),
+    }
 
 
 TOKENS = np.array([[3, 4, 0, 0], [5, 6, 7, 0], [8, 9, 10, 1]], np.int32)
@@ -138,7 +146,8 @@ def test_scan_remat_and_the_unrolled_loop_agree(observation):
     looped = [dataclasses.replace(part, scan=True, remat=True) for part in (VISION, TRUNK, EXPERT)]
     policy = make_policy(vision=looped[0], trunk=looped[1], expert=looped[2])
     np.testing.assert_allclose(
-        act(policy, observation, TOKENS, TOKENS > 0), act(make_policy(), observation, TOKENS, TOKENS > 0), atol=1e-4)
+        act(policy, observation, TOKENS, TOKENS > 0), act(make_policy(), observation, TOKENS, TOKENS > 0), atol=1e-4
+    )
 
 
 def test_half_precision_computes_near_full_precision(observation):
@@ -160,8 +169,10 @@ def expert_and_inputs(**changes):
     expert = ActionExpert(config, **options, rngs=nnx.Rngs(0))
     random = np.random.default_rng(1)
     condition = Condition(
-        random.normal(size=(2, 5, 6)).astype(np.float32), random.random((2, 5)) < 0.7,
-        random.normal(size=(2, 2)).astype(np.float32))
+        random.normal(size=(2, 5, 6)).astype(np.float32),
+        random.random((2, 5)) < 0.7,
+        random.normal(size=(2, 2)).astype(np.float32),
+    )
     actions = random.normal(size=(2, 3, 4, 3)).astype(np.float32)
     return expert, condition, actions, random.random((2, 3)).astype(np.float32)
 
@@ -197,13 +208,16 @@ def test_masked_context_is_not_seen():
     hidden = (condition.context + 5 * ~condition.valid[..., None]).astype(np.float32)
     np.testing.assert_allclose(
         call(expert, velocity, actions, time, condition._replace(context=hidden)),
-        call(expert, velocity, actions, time, condition), atol=1e-5)
+        call(expert, velocity, actions, time, condition),
+        atol=1e-5,
+    )
 
 
 def test_flow_time_counts_in_thousandths():
     expert, condition, actions, time = expert_and_inputs()
-    values = [np.asarray(call(expert, velocity, actions, np.full_like(time, t), condition))
-              for t in (0.1231, 0.1239, 0.2239)]
+    values = [
+        np.asarray(call(expert, velocity, actions, np.full_like(time, t), condition)) for t in (0.1231, 0.1239, 0.2239)
+    ]
     assert (values[0] == values[1]).all() and np.abs(values[0] - values[2]).max() > 1e-5
 
 
@@ -300,18 +314,24 @@ def test_units_are_inverted_exactly():
     np.testing.assert_allclose(normalizer.normalize_state(np.array([0.0, 4.0])), [0, 1], atol=1e-6)
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(conditioning="everything"), "'queries' or 'tokens'"),
-    (dict(encoder="vitt"), "one of vit, keypoints, got 'vitt'"),
-    (dict(encoder="keypoints", keypoints=KeypointConfig(patch=5)), "16 is not a multiple of keypoints.patch = 5"),
-    (dict(queries=0), "at least one latent query"),
-    (dict(vision=dataclasses.replace(VISION, patch=5)), "16 is not a multiple of vision.patch x vision.merge = 5 x 2"),
-    (dict(vision=dataclasses.replace(VISION, heads=3)), "vision.heads = 3"),
-    (dict(trunk=dataclasses.replace(TRUNK, kv_heads=3)), "trunk.kv_heads = 3"),
-    (dict(trunk=dataclasses.replace(TRUNK, head_width=7)), "even"),
-    (dict(expert=dataclasses.replace(EXPERT, depth=3)), "expert.depth = 3 must be even"),
-    (dict(expert=dataclasses.replace(EXPERT, heads=3)), "expert.heads = 3"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(conditioning="everything"), "'queries' or 'tokens'"),
+        (dict(encoder="vitt"), "one of vit, keypoints, got 'vitt'"),
+        (dict(encoder="keypoints", keypoints=KeypointConfig(patch=5)), "16 is not a multiple of keypoints.patch = 5"),
+        (dict(queries=0), "at least one latent query"),
+        (
+            dict(vision=dataclasses.replace(VISION, patch=5)),
+            "16 is not a multiple of vision.patch x vision.merge = 5 x 2",
+        ),
+        (dict(vision=dataclasses.replace(VISION, heads=3)), "vision.heads = 3"),
+        (dict(trunk=dataclasses.replace(TRUNK, kv_heads=3)), "trunk.kv_heads = 3"),
+        (dict(trunk=dataclasses.replace(TRUNK, head_width=7)), "even"),
+        (dict(expert=dataclasses.replace(EXPERT, depth=3)), "expert.depth = 3 must be even"),
+        (dict(expert=dataclasses.replace(EXPERT, heads=3)), "expert.heads = 3"),
+    ],
+)
 def test_impossible_settings_are_named(changes, message):
     with pytest.raises(UserError, match=message):
         nnx.eval_shape(lambda: Policy(dataclasses.replace(CONFIG, **changes), FACTS, nnx.Rngs(0)))

@@ -72,8 +72,10 @@ def test_attention_in_blocks_is_attention():
     mask[:, :2, :2], mask[:, 2:, :1], mask[:, 2:, 3:] = True, True, True
     mask[1, 2:, 4] = False
     keys = (slice(0, 1), slice(3, 5))
-    blocks = (Block(slice(0, 2), (slice(0, 2),), mask[:, :2, :2]),
-              Block(slice(2, 5), keys, np.concatenate([mask[:, 2:, where] for where in keys], 2)))
+    blocks = (
+        Block(slice(0, 2), (slice(0, 2),), mask[:, :2, :2]),
+        Block(slice(2, 5), keys, np.concatenate([mask[:, 2:, where] for where in keys], 2)),
+    )
     close(attend_in_blocks(q, k, v, blocks), attend(q, k, v, mask))
 
 

@@ -18,22 +18,32 @@ def test_causal_language_model():
 
 
 def test_bidirectional_prefix_then_state_then_actions():
-    layout = Layout((
-        Span("image", 2, 0, bidirectional=True), Span("text", 1, 0, bidirectional=True),
-        Span("state", 1, 1), Span("action", 2, 2, bidirectional=True)))
-    assert (layout.mask == drawn("""
+    layout = Layout(
+        (
+            Span("image", 2, 0, bidirectional=True),
+            Span("text", 1, 0, bidirectional=True),
+            Span("state", 1, 1),
+            Span("action", 2, 2, bidirectional=True),
+        )
+    )
+    assert (
+        layout.mask
+        == drawn("""
         ###...
         ###...
         ###...
         ####..
         ######
-        ######""")).all()
+        ######""")
+    ).all()
 
 
 def test_actions_of_a_chunk_do_not_see_each_other():
     actions = [Span("action", 2, segment=1 + i, siblings=0, name=f"action {i}") for i in range(3)]
     layout = Layout((Span("image", 2, 0), *actions, Span("text", 1, 9)))
-    assert (layout.mask == drawn("""
+    assert (
+        layout.mask
+        == drawn("""
         #........
         ##.......
         ###......
@@ -42,14 +52,17 @@ def test_actions_of_a_chunk_do_not_see_each_other():
         ##..##...
         ##....#..
         ##....##.
-        #########""")).all()
+        #########""")
+    ).all()
     assert list(layout.sight.position) == list(range(9)), "siblings keep running positions"
 
 
 def test_block_diffusion_with_clean_and_noisy_copies():
     clean = [Span("text", 2, segment=b, bidirectional=True, name=f"clean {b}") for b in range(3)]
-    noisy = [Span("text", 2, segment=b, bidirectional=True, stream=NOISY, copies=f"clean {b}", name=f"noisy {b}")
-             for b in range(3)]
+    noisy = [
+        Span("text", 2, segment=b, bidirectional=True, stream=NOISY, copies=f"clean {b}", name=f"noisy {b}")
+        for b in range(3)
+    ]
     layout = Layout((*clean, *noisy))
     block, is_noisy = np.arange(12) // 2 % 3, np.arange(12) >= 6
     row, column = np.meshgrid(np.arange(12), np.arange(12), indexing="ij")
@@ -63,8 +76,15 @@ def test_block_diffusion_with_clean_and_noisy_copies():
 def test_packed_prior_and_posterior():
     layout = branched(image=2, queries=2, text=2, room=3, branches=("prior", "posterior"))
     assert [span.name for span in layout.spans] == [
-        "image", "prior/query", "prior/text", "posterior/text", "posterior/query"]
-    assert (layout.mask == drawn("""
+        "image",
+        "prior/query",
+        "prior/text",
+        "posterior/text",
+        "posterior/query",
+    ]
+    assert (
+        layout.mask
+        == drawn("""
         #.........
         ##........
         ###.......
@@ -74,7 +94,8 @@ def test_packed_prior_and_posterior():
         ##....#...
         ##....##..
         ##....###.
-        ##....####""")).all()
+        ##....####""")
+    ).all()
     assert list(layout.sight.position) == [0, 1, 2, 3, 4, 5, 2, 3, 5, 6]
 
 
@@ -107,12 +128,16 @@ def test_the_rule_is_the_same_on_the_device():
     assert (np.asarray(sees(device, device)) == layout.mask).all()
 
 
-@pytest.mark.parametrize("layout", [
-    branched(3, 2, 4, 6, ("prior", "posterior")), branched(3, 2, 4, 6, ("posterior",)),
-    branched(3, 0, 4, 6, ("posterior",)),
-    Layout((Span("image", 2, 0, bidirectional=True), Span("action", 3, 1))),
-    Layout((Span("text", 2, 0, name="a"), Span("text", 2, 0, stream=NOISY, copies="a", name="b"))),
-])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        branched(3, 2, 4, 6, ("prior", "posterior")),
+        branched(3, 2, 4, 6, ("posterior",)),
+        branched(3, 0, 4, 6, ("posterior",)),
+        Layout((Span("image", 2, 0, bidirectional=True), Span("action", 3, 1))),
+        Layout((Span("text", 2, 0, name="a"), Span("text", 2, 0, stream=NOISY, copies="a", name="b"))),
+    ],
+)
 def test_blocks_hold_all_that_is_seen_and_leave_out_whole_spans_that_are_not(layout):
     covered = np.zeros_like(layout.mask)
     for queries, keys in layout.blocks:
@@ -126,8 +151,10 @@ def test_blocks_hold_all_that_is_seen_and_leave_out_whole_spans_that_are_not(lay
 def test_packed_branches_are_never_multiplied_with_each_other():
     layout = branched(image=10, queries=2, text=3, room=3, branches=("prior", "posterior"))
     assert layout.blocks == (
-        (slice(0, 10), (slice(0, 10),)), (slice(10, 15), (slice(0, 15),)),
-        (slice(15, 20), (slice(0, 10), slice(15, 20))))
+        (slice(0, 10), (slice(0, 10),)),
+        (slice(10, 15), (slice(0, 15),)),
+        (slice(15, 20), (slice(0, 10), slice(15, 20))),
+    )
 
 
 def test_layouts_are_static_values():
@@ -135,12 +162,15 @@ def test_layouts_are_static_values():
     assert one == other and hash(one) == hash(other) and one != branched(3, 2, 5, 6, ("posterior",))
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: Layout((Span("text", 2, 0), Span("text", 2, 1))), "different names"),
-    (lambda: Span("text", 5, 0, reserve=4), "4 reserved"),
-    (lambda: branched(2, 2, 2, 2, ("posterior", "postprior")), "postprior"),
-    (lambda: branched(2, 2, 2, 2, ()), "branches must be"),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Layout((Span("text", 2, 0), Span("text", 2, 1))), "different names"),
+        (lambda: Span("text", 5, 0, reserve=4), "4 reserved"),
+        (lambda: branched(2, 2, 2, 2, ("posterior", "postprior")), "postprior"),
+        (lambda: branched(2, 2, 2, 2, ()), "branches must be"),
+    ],
+)
 def test_mistakes_are_named(make, message):
     with pytest.raises(UserError, match=message):
         make()

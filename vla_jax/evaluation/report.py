@@ -21,6 +21,8 @@ from vla_jax.evaluation.records import Run
 from vla_jax.evaluation.results import Results, compare, write_atomically
 from vla_jax.evaluation.style import CSS
 
+STILL_SPLITS = ("in_distribution", "swapped")
+STILL_FRAMES = 5
 GOOD, BAD = (20, 120, 75), (185, 40, 50)
 SPLIT_MEANING = {
     "in_distribution": "new scenes, the training law",
@@ -182,6 +184,23 @@ def _videos(runs: Sequence[Run], clips: Mapping[Path, Sequence[Clip]]) -> str:
                 f"<video controls loop muted autoplay playsinline src='data:video/mp4;base64,{data}'></video></figure>"
             )
     return f"<div class='films'>{''.join(blocks)}</div>" if blocks else ""
+
+
+def write_stills(path: str | Path, runs: Sequence[Run], clips: Mapping[Path, Sequence[Clip]]) -> Path | None:
+    """One picture for papers and pages: a row of frames for each run and STILL_SPLITS, a success where there is one.
+
+    Returns its path, or None where nothing of these splits was filmed.
+    """
+    rows, titles = [], []
+    for run in runs:
+        for split in STILL_SPLITS:
+            if clip := next((clip for clip in clips.get(run.directory, ()) if clip.split == split), None):
+                rows.append(video.strip(video.enlarge(clip.frames, 2), STILL_FRAMES))
+                titles.append((f"{run.name}, {_subtitle(clip)}", GOOD if clip.success else BAD))
+    if not rows:
+        return None
+    write_atomically(Path(path), video.encode_png(video.stacked(rows, titles)))
+    return Path(path)
 
 
 def _subtitle(clip: Clip) -> str:

@@ -14,10 +14,12 @@ FONT_SIZE = 13
 MARGIN = 4
 
 
-def caption(text: str, width: int, colour: tuple[int, int, int]) -> UInt8[np.ndarray, "H W 3"]:
+def caption(
+    text: str, width: int, colour: tuple[int, int, int], rows: int = CAPTION_ROWS
+) -> UInt8[np.ndarray, "H W 3"]:
     """A strip of fixed height with `text` wrapped into it, so that strips stand flush side by side."""
     font = ImageFont.load_default(FONT_SIZE)
-    height = CAPTION_ROWS * (FONT_SIZE + MARGIN) + MARGIN
+    height = rows * (FONT_SIZE + MARGIN) + MARGIN
     strip = Image.new("RGB", (width, height), (255, 255, 255))
     draw = ImageDraw.Draw(strip)
     lines = [""]
@@ -27,7 +29,7 @@ def caption(text: str, width: int, colour: tuple[int, int, int]) -> UInt8[np.nda
             lines[-1] = longer
         else:
             lines.append(word)
-    for row, line in enumerate(lines[:CAPTION_ROWS]):
+    for row, line in enumerate(lines[:rows]):
         draw.text((MARGIN, MARGIN + row * (FONT_SIZE + MARGIN)), line, colour, font)
     return np.asarray(strip)
 
@@ -54,6 +56,27 @@ def side_by_side(clips: list[UInt8[np.ndarray, "T H W 3"]], gap: int = 6) -> UIn
         held = np.concatenate([clip, np.repeat(clip[-1:], length - len(clip), axis=0)])
         columns += [held, np.full((length, clip.shape[1], gap, 3), 255, np.uint8)]
     return np.concatenate(columns[:-1], axis=2)
+
+
+def strip(frames: UInt8[np.ndarray, "T H W 3"], count: int, gap: int = 6) -> UInt8[np.ndarray, "H W2 3"]:
+    """`count` frames in a row, evenly spaced from the first to the last."""
+    chosen = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
+    return side_by_side([frame[None] for frame in chosen], gap)[0]
+
+
+def stacked(
+    rows: list[UInt8[np.ndarray, "H W 3"]], titles: list[tuple[str, tuple[int, int, int]]]
+) -> UInt8[np.ndarray, "H2 W 3"]:
+    """Pictures of one width, each under its title (text, colour)."""
+    captions = [caption(text, row.shape[1], colour, 1) for row, (text, colour) in zip(rows, titles, strict=True)]
+    return np.concatenate([part for pair in zip(captions, rows, strict=True) for part in pair])
+
+
+def encode_png(picture: UInt8[np.ndarray, "H W 3"]) -> bytes:
+    """PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "png", optimize=True)
+    return buffer.getvalue()
 
 
 def encode_mp4(frames: UInt8[np.ndarray, "T H W 3"], fps: int = 10) -> bytes:

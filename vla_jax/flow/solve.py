@@ -43,7 +43,10 @@ def chain(*transforms: Transform) -> Transform:
 
 def solve(
     velocity: Callable[[Float[Array, "*B C A"], Float[Array, ""]], Float[Array, "*B C A"]],
-    noise: Float[Array, "*B C A"], *, steps: int, transform: Transform = identity,
+    noise: Float[Array, "*B C A"],
+    *,
+    steps: int,
+    transform: Transform = identity,
 ) -> Float[Array, "*B C A"]:
     """Integrate dx/dt = velocity(x, t) from noise (t = 0) to data (t = 1) with `steps` Euler steps.
 

@@ -45,8 +45,14 @@ class LLR(NamedTuple):
 
 
 def log_likelihood_ratio(
-    prior_logits: Float[Array, "B L V"], posterior_logits: Float[Array, "B L V"], tokens: Int[Array, "B L"],
-    mask: Bool[Array, "B L"], gate_state: GateState, *, hard_tokens: int = 0, gate: bool = False,
+    prior_logits: Float[Array, "B L V"],
+    posterior_logits: Float[Array, "B L V"],
+    tokens: Int[Array, "B L"],
+    mask: Bool[Array, "B L"],
+    gate_state: GateState,
+    *,
+    hard_tokens: int = 0,
+    gate: bool = False,
 ) -> tuple[LLR, GateState]:
     """LLR of each sample, and the new gate state.
 

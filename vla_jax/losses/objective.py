@@ -75,7 +75,8 @@ def objective(
     if config.llr_weight:
         prior, posterior = (policy.word_logits(readings[name].predictors) for name in ("prior", "posterior"))
         llr, gate_state = log_likelihood_ratio(
-            prior, posterior, tokens, mask, gate_state, hard_tokens=config.hard_tokens, gate=config.gate)
+            prior, posterior, tokens, mask, gate_state, hard_tokens=config.hard_tokens, gate=config.gate
+        )
         terms["llr"] = term(llr.ratio, llr.carried, -config.llr_weight)
         terms["llr_prior"] = term(llr.prior, llr.carried)
         terms["llr_posterior"] = term(llr.posterior, llr.carried)
@@ -107,8 +108,13 @@ def _flow_terms(
     condition: Condition = jax.tree.map(lambda *parts: jnp.concatenate(parts), *conditions)
     drawn: Draw = jax.tree.map(lambda *parts: jnp.concatenate(parts), *draws)
     errors = flow_matching(
-        lambda x, t: policy.velocity(x, t, condition, dropout_key), jnp.concatenate([actions] * count),
-        jnp.concatenate([mask] * count), drawn)
+        lambda x, t: policy.velocity(x, t, condition, dropout_key),
+        jnp.concatenate([actions] * count),
+        jnp.concatenate([mask] * count),
+        drawn,
+    )
     carried = mask.any(-1)
-    return {name: term(error, carried, weight)
-            for (name, weight), error in zip(weights.items(), jnp.split(errors, count), strict=True)}
+    return {
+        name: term(error, carried, weight)
+        for (name, weight), error in zip(weights.items(), jnp.split(errors, count), strict=True)
+    }

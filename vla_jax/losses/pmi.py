@@ -25,8 +25,12 @@ def surrogate(
 
 
 def pointwise_information(
-    prior: Field, posterior: Field, actions: Float[Array, "B C A"], action_mask: Bool[Array, "B C"],
-    key: PRNGKeyArray, draws: int,
+    prior: Field,
+    posterior: Field,
+    actions: Float[Array, "B C A"],
+    action_mask: Bool[Array, "B C"],
+    key: PRNGKeyArray,
+    draws: int,
 ) -> Float[Array, " B"]:
     """log pi(a | v, l) - log p(a | v) of each sample in nats, exact for exact fields and many draws.
 

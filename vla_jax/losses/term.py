@@ -42,4 +42,5 @@ def check_terms(terms: Mapping[str, Term]) -> None:
         if float(part.weight) != 0 and float(part.valid_fraction) == 0:
             raise UserError(
                 f"loss term {name!r} has weight {float(part.weight):g}, but no sample of the batch carried it: look at "
-                "token_mask (empty instructions?) and action_mask, or set its weight to 0")
+                "token_mask (empty instructions?) and action_mask, or set its weight to 0"
+            )

@@ -83,8 +83,13 @@ class ExpertBlock(nnx.Module):
     def __init__(self, config: ExpertConfig, context_width: int | None, *, dtype: str, rngs: nnx.Rngs):
         self.norm = AdaptiveNorm(config.width, dtype=dtype, rngs=rngs)
         self.attention = Attention(
-            config.width, config.heads, config.width // config.heads, context_width=context_width, dtype=dtype,
-            rngs=rngs)
+            config.width,
+            config.heads,
+            config.width // config.heads,
+            context_width=context_width,
+            dtype=dtype,
+            rngs=rngs,
+        )
         self.mlp = GeluMLP(config.width, config.hidden, dtype=dtype, rngs=rngs)
         self.dropout = config.dropout
 
@@ -124,7 +129,14 @@ class ActionExpert(nnx.Module):
     """v(x_t, t | condition) for a chunk of C actions of width A, in model units."""
 
     def __init__(
-        self, config: ExpertConfig, *, context_width: int, chunk: int, action_width: int, state_width: int, dtype: str,
+        self,
+        config: ExpertConfig,
+        *,
+        context_width: int,
+        chunk: int,
+        action_width: int,
+        state_width: int,
+        dtype: str,
         rngs: nnx.Rngs,
     ):
         if config.depth % 2 or config.depth < 2:
@@ -142,8 +154,12 @@ class ActionExpert(nnx.Module):
         self.time_in = Dense(SINUSOID, D, **options)
         self.time_out = Dense(D, D, **options)
         self.pairs = Stack(
-            lambda r: ExpertPair(config, context_width, dtype=dtype, rngs=r), config.depth // 2, scan=config.scan,
-            remat=config.remat, rngs=rngs)
+            lambda r: ExpertPair(config, context_width, dtype=dtype, rngs=r),
+            config.depth // 2,
+            scan=config.scan,
+            remat=config.remat,
+            rngs=rngs,
+        )
         self.norm = AdaptiveNorm(D, **options)
         self.project = Dense(D, config.head, **options)
         self.head_hidden = Dense(config.head, config.head, **options)
@@ -159,7 +175,10 @@ class ActionExpert(nnx.Module):
         return Memory(keys, values, condition.valid, state)
 
     def __call__(
-        self, actions: Float[Array, "B R C A"], time: Float[Array, "B R"], memory: Memory,
+        self,
+        actions: Float[Array, "B R C A"],
+        time: Float[Array, "B R"],
+        memory: Memory,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B R C A"]:
         """The velocity, float32. key: for dropout in training; None is none."""

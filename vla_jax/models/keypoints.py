@@ -39,7 +39,13 @@ class KeypointEncoder(nnx.Module):
     """Images to P tokens a view. The views share the convolutions; every token has an embedding of its own."""
 
     def __init__(
-        self, config: KeypointConfig, image_size: int, views: tuple[str, ...], out_width: int, *, dtype: str,
+        self,
+        config: KeypointConfig,
+        image_size: int,
+        views: tuple[str, ...],
+        out_width: int,
+        *,
+        dtype: str,
         rngs: nnx.Rngs,
     ):
         if image_size % config.patch:

@@ -27,7 +27,6 @@ from vla_jax.models.vision import VisionConfig, VisionEncoder
 from vla_jax.sequence.layouts import branched
 from vla_jax.sequence.spans import Layout
 
-
 # name: (module, the field of PolicyConfig that holds its settings)
 ENCODERS = {"vit": (VisionEncoder, "vision"), "keypoints": (KeypointEncoder, "keypoints")}
 
@@ -83,16 +82,21 @@ class Policy(nnx.Module):
         queries = jax.random.normal(rngs.params(), (config.queries, D)) * D**-0.5
         self.queries = nnx.Param(queries) if config.conditioning == "queries" else None
         self.expert = ActionExpert(
-            config.expert, context_width=D, chunk=config.chunk, action_width=len(facts.action_low),
-            state_width=len(facts.state_low), dtype=dtype, rngs=rngs)
+            config.expert,
+            context_width=D,
+            chunk=config.chunk,
+            action_width=len(facts.action_low),
+            state_width=len(facts.state_low),
+            dtype=dtype,
+            rngs=rngs,
+        )
 
     def embed(self, images: dict[str, Array], tokens: Int[Array, "B L"]) -> dict[str, Float[Array, "B T D"]]:
         """One embedding array for each kind of span."""
         image = self.vision(images)
         parts = {"image": image, "text": self.words[...][tokens].astype(image.dtype)}
         if self.queries is not None:
-            parts["query"] = jnp.broadcast_to(
-                self.queries[...].astype(image.dtype), (len(tokens), *self.queries.shape))
+            parts["query"] = jnp.broadcast_to(self.queries[...].astype(image.dtype), (len(tokens), *self.queries.shape))
         return parts
 
     def layout(self, text: int, branches: tuple[str, ...]) -> Layout:
@@ -105,7 +109,10 @@ class Policy(nnx.Module):
         return branched(self.vision.tokens, queries, text, self.facts.max_tokens, tuple(branches))
 
     def encode(
-        self, images: dict[str, Array], tokens: Int[Array, "B L"], token_mask: Bool[Array, "B L"],
+        self,
+        images: dict[str, Array],
+        tokens: Int[Array, "B L"],
+        token_mask: Bool[Array, "B L"],
         branches: tuple[str, ...] = ("posterior",),
     ) -> dict[str, Reading]:
         """Read the sequence once; with both branches, packed after one shared image: [v | Q | l | l' | Q']."""
@@ -114,13 +121,14 @@ class Policy(nnx.Module):
         sequence = jnp.concatenate([parts[span.kind] for span in layout.spans], 1)
         everything = jnp.ones((len(tokens), 1), bool)
         valid = jnp.concatenate(
-            [token_mask if span.kind == "text" else jnp.repeat(everything, span.length, 1) for span in layout.spans], 1)
+            [token_mask if span.kind == "text" else jnp.repeat(everything, span.length, 1) for span in layout.spans], 1
+        )
         hidden = self.trunk(sequence, layout, valid)
         return {branch: self._reading(hidden, valid, layout, branch) for branch in branches}
 
     def _reading(self, hidden, valid, layout: Layout, branch: str) -> Reading:
         text, before = layout[f"{branch}/text"], layout.predecessor(f"{branch}/text")
-        predictors = jnp.concatenate([hidden[:, before:before + 1], hidden[:, text.start:text.stop - 1]], 1)
+        predictors = jnp.concatenate([hidden[:, before : before + 1], hidden[:, text.start : text.stop - 1]], 1)
         if self.queries is None:
             return Reading(hidden, valid, predictors)
         return Reading(hidden[:, layout[f"{branch}/query"]], None, predictors)
@@ -136,7 +144,10 @@ class Policy(nnx.Module):
         return Condition(reading.hidden, reading.valid, self.normalizer.normalize_state(state))
 
     def velocity(
-        self, actions: Float[Array, "B R C A"], time: Float[Array, "B R"], condition: Condition,
+        self,
+        actions: Float[Array, "B R C A"],
+        time: Float[Array, "B R"],
+        condition: Condition,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B R C A"]:
         """v(x_t, t | condition) in model units, for R draws of each sample. key: for dropout, in training only."""
@@ -154,7 +165,11 @@ class Policy(nnx.Module):
         return solve(velocity, noise, steps=steps, transform=transform)
 
     def act(
-        self, observation: dict[str, Any], tokens: Int[Array, "B L"], token_mask: Bool[Array, "B L"], key: PRNGKeyArray,
+        self,
+        observation: dict[str, Any],
+        tokens: Int[Array, "B L"],
+        token_mask: Bool[Array, "B L"],
+        key: PRNGKeyArray,
         steps: int = 4,
     ) -> Float[Array, "B C A"]:
         """A chunk of actions in SI units, by the posterior branch alone.

@@ -43,8 +43,15 @@ class TrunkBlock(nnx.Module):
     def __init__(self, config: TrunkConfig, *, dtype: str, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.width)
         self.attention = Attention(
-            config.width, config.heads, config.head_width, kv_heads=config.kv_heads, qk_norm=config.qk_norm, bias=False,
-            dtype=dtype, rngs=rngs)
+            config.width,
+            config.heads,
+            config.head_width,
+            kv_heads=config.kv_heads,
+            qk_norm=config.qk_norm,
+            bias=False,
+            dtype=dtype,
+            rngs=rngs,
+        )
         self.mlp_norm = RMSNorm(config.width)
         self.mlp = SwiGLU(config.width, config.hidden, dtype=dtype, rngs=rngs)
 
@@ -64,8 +71,12 @@ class Trunk(nnx.Module):
         if config.head_width % 2:
             raise UserError(f"trunk.head_width = {config.head_width} must be even for the rotary embedding")
         self.blocks = Stack(
-            lambda r: TrunkBlock(config, dtype=dtype, rngs=r), config.depth, scan=config.scan, remat=config.remat,
-            rngs=rngs)
+            lambda r: TrunkBlock(config, dtype=dtype, rngs=r),
+            config.depth,
+            scan=config.scan,
+            remat=config.remat,
+            rngs=rngs,
+        )
         self.norm = RMSNorm(config.width)
         self.config, self.dtype = config, dtype
 
@@ -76,9 +87,7 @@ class Trunk(nnx.Module):
         return self.norm(self.blocks(x.astype(self.dtype), mask, rotary))
 
 
-def _mask(
-    layout: Layout, valid: Bool[Array, "B T"], queries: slice, keys: tuple[slice, ...]
-) -> Bool[Array, "B T S"]:
+def _mask(layout: Layout, valid: Bool[Array, "B T"], queries: slice, keys: tuple[slice, ...]) -> Bool[Array, "B T S"]:
     """The rule of sight between some tokens, without padding keys."""
     index = np.concatenate([np.arange(where.start, where.stop) for where in keys])
     query, key = (Sight(*(jnp.asarray(vector[where]) for vector in layout.sight)) for where in (queries, index))

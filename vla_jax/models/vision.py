@@ -52,12 +52,20 @@ class VisionEncoder(nnx.Module):
     """Images to tokens of width `out_width`. Views share all weights and differ by a learned embedding."""
 
     def __init__(
-        self, config: VisionConfig, image_size: int, views: tuple[str, ...], out_width: int, *, dtype: str,
+        self,
+        config: VisionConfig,
+        image_size: int,
+        views: tuple[str, ...],
+        out_width: int,
+        *,
+        dtype: str,
         rngs: nnx.Rngs,
     ):
         if image_size % (config.patch * config.merge):
-            raise UserError(f"image size {image_size} is not a multiple of vision.patch x vision.merge = "
-                            f"{config.patch} x {config.merge}; change one of them")
+            raise UserError(
+                f"image size {image_size} is not a multiple of vision.patch x vision.merge = "
+                f"{config.patch} x {config.merge}; change one of them"
+            )
         if config.width % config.heads:
             raise UserError(f"vision.width = {config.width} is not a multiple of vision.heads = {config.heads}")
         side = image_size // config.patch
@@ -65,8 +73,12 @@ class VisionEncoder(nnx.Module):
         self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), (side**2, config.width)))
         self.view = nnx.Param(0.02 * jax.random.normal(rngs.params(), (len(views), config.width)))
         self.blocks = Stack(
-            lambda r: VisionBlock(config, dtype=dtype, rngs=r), config.depth, scan=config.scan, remat=config.remat,
-            rngs=rngs)
+            lambda r: VisionBlock(config, dtype=dtype, rngs=r),
+            config.depth,
+            scan=config.scan,
+            remat=config.remat,
+            rngs=rngs,
+        )
         self.norm = LayerNorm(config.width)
         self.project = Dense(config.width * config.merge**2, out_width, dtype=dtype, rngs=rngs)
         self.views, self.image_size, self.patch_size, self.merge = views, image_size, config.patch, config.merge
@@ -94,7 +106,8 @@ def stack_views(
         shape = images[view].shape[1:] if view in images else None
         if shape != (size, size, 3):
             raise UserError(
-                f"the policy needs a {size} x {size} RGB image {view!r}, got {'none' if shape is None else shape}")
+                f"the policy needs a {size} x {size} RGB image {view!r}, got {'none' if shape is None else shape}"
+            )
     return jnp.stack([images[view] for view in views], 1)
 
 

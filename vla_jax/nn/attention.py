@@ -18,7 +18,9 @@ from vla_jax.nn.rotary import Rotation, rotate
 
 
 def attend(
-    query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: Float[Array, "B S K H"],
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
     mask: Bool[Array, "#B #T S"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(q k / sqrt(H)) v, the softmax in float32; N is a multiple of K, and query head n reads key head n K / N.
@@ -47,7 +49,9 @@ class Block(NamedTuple):
 
 
 def attend_in_blocks(
-    query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: Float[Array, "B S K H"],
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
     blocks: tuple[Block, ...],
 ) -> Float[Array, "B T N H"]:
     """`attend`, computing only what `blocks` names. Their queries follow one another and cover all T."""
@@ -62,8 +66,17 @@ class Attention(nnx.Module):
     """Projections around `attend`. Queries come from x; keys and values from x, or from a context of another width."""
 
     def __init__(
-        self, width: int, heads: int, head_width: int, *, kv_heads: int | None = None, context_width: int | None = None,
-        qk_norm: bool = False, bias: bool = True, dtype: str = "float32", rngs: nnx.Rngs,
+        self,
+        width: int,
+        heads: int,
+        head_width: int,
+        *,
+        kv_heads: int | None = None,
+        context_width: int | None = None,
+        qk_norm: bool = False,
+        bias: bool = True,
+        dtype: str = "float32",
+        rngs: nnx.Rngs,
     ):
         kv_heads, context_width = kv_heads or heads, context_width or width
         if heads % kv_heads:
@@ -87,8 +100,12 @@ class Attention(nnx.Module):
         return (key if rotary is None else rotate(key, rotary)), value
 
     def look(
-        self, x: Float[Array, "B T D"], key: Float[Array, "B S K H"], value: Float[Array, "B S K H"],
-        mask: Bool[Array, "#B #T S"] | tuple[Block, ...] | None = None, rotary: Rotation | None = None,
+        self,
+        x: Float[Array, "B T D"],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K H"],
+        mask: Bool[Array, "#B #T S"] | tuple[Block, ...] | None = None,
+        rotary: Rotation | None = None,
     ) -> Float[Array, "B T D"]:
         """Look from x at given keys and values, everywhere or as `mask` says."""
         query = self._heads(self.query(x))
@@ -100,7 +117,9 @@ class Attention(nnx.Module):
         return self.output(seen.reshape(*x.shape[:2], -1))
 
     def __call__(
-        self, x: Float[Array, "B T D"], mask: Bool[Array, "#B #T T"] | tuple[Block, ...] | None = None,
+        self,
+        x: Float[Array, "B T D"],
+        mask: Bool[Array, "#B #T T"] | tuple[Block, ...] | None = None,
         rotary: Rotation | None = None,
     ) -> Float[Array, "B T D"]:
         """Self-attention."""

@@ -28,5 +28,7 @@ def branched(image: int, queries: int, text: int, room: int, branches: tuple[str
         lengths, reserve = {"query": queries, "text": text}, {"query": None, "text": room}
         spans += [
             Span(kind, lengths[kind], segment, branch=BRANCHES[name], reserve=reserve[kind], name=f"{name}/{kind}")
-            for segment, kind in enumerate(order, start=1) if lengths[kind]]
+            for segment, kind in enumerate(order, start=1)
+            if lengths[kind]
+        ]
     return Layout(tuple(spans))

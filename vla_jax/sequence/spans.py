@@ -132,8 +132,13 @@ class Layout:
         within = np.concatenate([np.arange(span.length) for span in self.spans])
         position = repeat([self.starts[span.name] for span in self.spans], np.int32) + within.astype(np.int32)
         return Sight(
-            segment=column("segment", np.int32), branch=column("branch", np.int32), stream=column("stream", np.int32),
-            position=position, bidirectional=column("bidirectional", bool), siblings=column("siblings", np.int32))
+            segment=column("segment", np.int32),
+            branch=column("branch", np.int32),
+            stream=column("stream", np.int32),
+            position=position,
+            bidirectional=column("bidirectional", bool),
+            siblings=column("siblings", np.int32),
+        )
 
     @property
     def mask(self) -> np.ndarray:
