@@ -18,6 +18,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from configs import quickstart
+from experiments.compare import CompareConfig
+from vla_jax.config import resolve
 from vla_jax.data import tokenizer as tokenizers
 from vla_jax.envs.bias import BiasConfig
 from vla_jax.envs.collect import interface_of
@@ -25,20 +28,21 @@ from vla_jax.envs.env import EnvConfig, Tabletop
 from vla_jax.envs.splits import make_cases
 from vla_jax.evaluation.rollout import Trials, make_rollout, take_rows
 from vla_jax.models.normalizer import DataFacts
-from vla_jax.models.policy import Policy, PolicyConfig
+from vla_jax.models.policy import Policy
 from vla_jax.platform import setup_compilation_cache
 
 EXECUTE, SAMPLER_STEPS = 4, 4
 
 
 def make_policy(env: EnvConfig) -> Policy:
-    """A policy of the default size with random weights."""
+    """The quickstart's BayesianVLA policy with random weights."""
     interface = interface_of(env)
     vocabulary = tokenizers.from_json(interface.tokenizer).get_vocab_size()
     width, states = len(interface.action_names), len(interface.state_names)
     bounds = ((-0.05,) * width, (0.05,) * width, (-1.0,) * states, (1.0,) * states)
     facts = DataFacts(vocabulary, interface.max_tokens, env.image_size, *bounds)
-    return Policy(PolicyConfig(), facts, nnx.Rngs(0))
+    config = resolve(CompareConfig, quickstart.get_config()).arms["bayesianvla"].policy
+    return Policy(config, facts, nnx.Rngs(0))
 
 
 def make_trials(env: EnvConfig, count: int) -> Trials:
