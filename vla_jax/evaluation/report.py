@@ -187,14 +187,17 @@ def _videos(runs: Sequence[Run], clips: Mapping[Path, Sequence[Clip]]) -> str:
 
 
 def write_stills(path: str | Path, runs: Sequence[Run], clips: Mapping[Path, Sequence[Clip]]) -> Path | None:
-    """One picture for papers and pages: a row of frames for each run and STILL_SPLITS, a success where there is one.
+    """One picture for papers and pages: a row of frames for each run and each of STILL_SPLITS, of a scene that went
+    as most scenes of that split did.
 
     Returns its path, or None where nothing of these splits was filmed.
     """
     rows, titles = [], []
     for run in runs:
+        usual = {row["split"]: row["rate"] >= 0.5 for row in run.last.rows}
         for split in STILL_SPLITS:
-            if clip := next((clip for clip in clips.get(run.directory, ()) if clip.split == split), None):
+            filmed = [clip for clip in clips.get(run.directory, ()) if clip.split == split]
+            if clip := next((clip for clip in filmed if clip.success == usual[split]), None):
                 rows.append(video.strip(video.enlarge(clip.frames, 2), STILL_FRAMES))
                 titles.append((f"{run.name}, {_subtitle(clip)}", GOOD if clip.success else BAD))
     if not rows:
