@@ -201,3 +201,29 @@ def test_mujocos_own_renderer_shows_the_same(embodiment):
             assert (segment == truth.segment).mean() > 0.98
             assert np.median(np.abs(depth - truth.depth)) < 1e-4  # metres
     reference.close()
+
+
+# Mean colours of the thirds of two scenes' pictures as look 1 draws them: [view][scene, row, column, rgb].
+LOOK_1 = {
+    "front": [
+        [[[155, 155, 153], [150, 150, 148], [150, 150, 148]], [[147, 147, 139], [144, 143, 137], [135, 130, 125]],
+         [[154, 154, 150], [150, 138, 135], [138, 131, 138]]],
+        [[[183, 183, 181], [182, 182, 181], [190, 190, 186]], [[165, 148, 145], [188, 184, 184], [190, 190, 186]],
+         [[150, 139, 130], [170, 181, 180], [189, 190, 186]]],
+    ],
+    "wrist": [
+        [[[159, 159, 155], [172, 172, 167], [119, 119, 119]], [[160, 159, 155], [137, 137, 134], [112, 112, 111]],
+         [[90, 91, 89], [132, 133, 132], [88, 88, 89]]],
+        [[[222, 222, 213], [196, 196, 191], [183, 159, 155]], [[176, 176, 171], [169, 169, 164], [149, 149, 146]],
+         [[124, 125, 126], [174, 175, 174], [126, 126, 127]]],
+    ],
+}  # fmt: skip
+
+
+def test_the_look_is_numbered(floating):
+    """Fails when scenes are drawn differently: raise views.LOOK then, and put the new means here."""
+    _, state, observe = floating
+    assert views.LOOK == 1
+    for name, picture in observe(state.scene).items():
+        thirds = np.asarray(picture.rgb)[:2].astype(float).reshape(2, 3, 32, 3, 32, 3).mean((2, 4))
+        np.testing.assert_allclose(thirds, LOOK_1[name], atol=1.0)

@@ -14,6 +14,7 @@ from vla_jax.envs.bias import BiasConfig
 from vla_jax.envs.collect import interface_of
 from vla_jax.envs.env import EnvConfig, Tabletop
 from vla_jax.envs.sampling import SceneConfig
+from vla_jax.envs.views import LOOK
 from vla_jax.errors import UserError
 from vla_jax.evaluation.evaluate import EvalConfig, Evaluator, World
 from vla_jax.evaluation.results import compare
@@ -37,7 +38,7 @@ def make_contract(**facts):
     def statistics(width):
         return Statistics(9, low[:width], high[:width], low[:width], high[:width], low[:width], high[:width])
 
-    facts = {"task": ENV.task, "coupling": "background", "rho": 0.1, "objects": 3, **facts}
+    facts = {"task": ENV.task, "coupling": "background", "rho": 0.1, "objects": 3, "look": LOOK, **facts}
     return Contract(
         **interface_fields(),
         dataset="toy",
@@ -117,6 +118,11 @@ def test_data_from_elsewhere_cannot_be_judged_on_the_table():
     facts = {name: value for name, value in contract.facts.items() if name != "coupling"}
     with pytest.raises(UserError, match="does not say its coupling"):
         Evaluator(dataclasses.replace(contract, facts=facts), CONFIG)
+
+
+def test_pictures_of_another_look_are_refused():
+    with pytest.raises(UserError, match=f"drawn by look {LOOK + 1} of the table, this version draws look {LOOK}"):
+        Evaluator(make_contract(look=LOOK + 1), CONFIG)
 
 
 def test_another_tasks_policy_is_refused(evaluator):

@@ -26,7 +26,7 @@ from vla_jax.envs.demonstrate import Demonstrations, demonstrate
 from vla_jax.envs.env import EnvConfig, Tabletop
 from vla_jax.envs.sampling import SceneConfig, sample_episode
 from vla_jax.envs.scene import VIEWS, Command, Scene
-from vla_jax.envs.views import observe_images
+from vla_jax.envs.views import LOOK, observe_images
 from vla_jax.errors import UserError
 
 FRAMES_PER_RENDER = 256  # one compiled shape; bounds the memory that pictures take
@@ -120,6 +120,7 @@ def collect(config: CollectConfig, workdir: str | Path, progress: bool = True) -
         "objects": config.scene.objects,
         "noise": config.noise,
         "seed": config.seed,
+        "look": LOOK,
     }
     with tqdm(total=config.episodes, unit="episode", desc=name, disable=not progress) as bar:
 

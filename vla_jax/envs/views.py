@@ -17,6 +17,10 @@ from vla_jax.envs.camera import Camera, Geoms, Light, Picture, render_batch
 from vla_jax.envs.physics import Bodies
 from vla_jax.envs.scene import COLORS, NUM_BACKGROUNDS, NUM_SLOTS, NUM_ZONES, VIEWS, Scene
 
+# How a scene is drawn, as a number: raise it with every change after which the same scene gives another picture
+# (cameras, colours, light), so that no policy is judged on pictures that look unlike those that it learned from.
+LOOK = 1
+
 # (first colour, second colour, fields per metre along x and y): one colour, stripes or a chequerboard. Muted, so that
 # the objects stand out; the first NUM_TRAIN_BACKGROUNDS occur in demonstrations.
 BACKGROUNDS = (

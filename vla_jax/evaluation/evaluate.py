@@ -23,6 +23,7 @@ from vla_jax.envs.collect import interface_of
 from vla_jax.envs.env import EnvConfig, Tabletop
 from vla_jax.envs.sampling import SceneConfig
 from vla_jax.envs.splits import SPLITS, make_cases
+from vla_jax.envs.views import LOOK
 from vla_jax.errors import UserError
 from vla_jax.evaluation.results import Results, fingerprint, make_columns, make_row
 from vla_jax.evaluation.rollout import Trials, concatenate, in_batches, make_rollout, take_rows
@@ -74,11 +75,16 @@ class World:
     def of(cls, contract: Contract, config: EvalConfig) -> "World":
         """The world that a contract's data come from."""
         facts = contract.facts
-        missing = [name for name in ("task", "coupling", "rho", "objects") if name not in facts]
+        missing = [name for name in ("task", "coupling", "rho", "objects", "look") if name not in facts]
         if missing:
             raise UserError(
                 f"the dataset {contract.dataset!r} does not say its {' and '.join(missing)}, so it was not collected "
                 "on the simulated table: a policy trained on it cannot be judged there"
+            )
+        if facts["look"] != LOOK:
+            raise UserError(
+                f"the pictures of the dataset {contract.dataset!r} were drawn by look {facts['look']} of the table, "
+                f"this version draws look {LOOK}: collect and train again, or use the version that drew them"
             )
         size = next(iter(contract.images.values()))[0]
         return cls(
