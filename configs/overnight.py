@@ -8,30 +8,21 @@ bowl, only the words say, so that even a policy which goes by the look has to li
 
 from ml_collections import ConfigDict
 
-from configs import train
+from configs import quickstart
 
 
 def get_config() -> ConfigDict:
     """Settings of experiments.compare."""
-    return ConfigDict(
-        {
-            "collect": {
-                "env": {"embodiment": "floating", "task": "place_on", "image_size": 64},
-                "bias": {"coupling": "uniqueness", "rho": 0.1},
-                "episodes": 3000,
-            },
-            "arms": {name: _arm(name) for name in ("baseline", "bayesianvla")},
-        }
-    )
-
-
-def _arm(name: str) -> ConfigDict:
-    config = train.get_config(name)
-    config.steps = 30_000
-    config.eval_every = 10_000
-    config.policy.encoder = "keypoints"
-    config.policy.keypoints = {"points": 24}
-    config.policy.trunk = {"depth": 2}
-    config.loss.noise_draws = 2
-    config.optimizer = {"learning_rate": 2e-3, "warmup_steps": 500, "ema_decay": 0.999}
+    config = quickstart.get_config()
+    config.collect.env.task = "place_on"
+    config.collect.episodes = 3000
+    for arm in config.arms.values():
+        arm.update(
+            {
+                "steps": 30_000,
+                "eval_every": 10_000,
+                "policy": {"keypoints": {"points": 24}},
+                "optimizer": {"learning_rate": 2e-3, "warmup_steps": 500, "ema_decay": 0.999},
+            }
+        )
     return config
