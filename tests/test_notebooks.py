@@ -1,6 +1,5 @@
 """From demonstrations to the notebook: a tiny run is collected, trained, judged, reported and looked at."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -11,13 +10,13 @@ import numpy as np
 import pytest
 from nbclient import NotebookClient
 
-from experiments.evaluate import evaluate_runs, main
+from experiments.compare import CompareConfig, run
+from experiments.evaluate import main
 from vla_jax.analysis.imagine import Imagination
 from vla_jax.analysis.plots import plot_imagined
 from vla_jax.analysis.runs import compare_runs, load_run, sibling_runs, success_table
-from vla_jax.config import to_json
 from vla_jax.data.loader import DataConfig
-from vla_jax.envs.collect import CollectConfig, collect
+from vla_jax.envs.collect import CollectConfig
 from vla_jax.envs.env import EnvConfig
 from vla_jax.errors import UserError
 from vla_jax.evaluation.evaluate import EvalConfig
@@ -30,7 +29,6 @@ from vla_jax.platform import setup_compilation_cache
 from vla_jax.training.checkpoints import load_policy
 from vla_jax.training.optimizer import OptimizerConfig
 from vla_jax.training.train_config import TrainConfig
-from vla_jax.training.trainer import train
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -47,16 +45,11 @@ def cache(tmp_path_factory):
         yield
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, cache) -> list[Path]:
-    """Two judged runs side by side: "baseline" is "full" under another name, so that nothing is compiled twice."""
-    place = tmp_path_factory.mktemp("runs")
-    collection = collect(
-        CollectConfig(env=EnvConfig(task="reach", image_size=16), episodes=8, batch=8), place / "data", progress=False
-    )
+def tiny_comparison() -> CompareConfig:
+    """Two arms that differ by name alone, so that nothing is compiled twice."""
     small = {"width": 8, "heads": 1, "hidden": 8}
-    config = TrainConfig(
-        data=DataConfig(directory=str(collection.path), batch_size=4, chunk=4, threads=1, held_out_fraction=0.2),
+    arm = TrainConfig(
+        data=DataConfig(batch_size=4, chunk=4, threads=1, held_out_fraction=0.2),
         policy=PolicyConfig(
             vision=VisionConfig(depth=1, **small),
             trunk=TrunkConfig(depth=1, kv_heads=1, head_width=8, **small),
@@ -67,18 +60,38 @@ def runs(tmp_path_factory, cache) -> list[Path]:
         loss=LossConfig(noise_draws=1),
         optimizer=OptimizerConfig(warmup_steps=2),
         eval=EvalConfig(splits=SPLITS, scenes=4, batch=6, execute=2, sampler_steps=1, videos=1),
-        arm="full",
         steps=4,
         log_every=1,
         validate_every=0,
         eval_every=0,
         checkpoint_every=4,
     )
-    full, baseline = train(config, place / "full"), place / "baseline"
-    shutil.copytree(full, baseline)
-    (baseline / "config.json").write_text(to_json(dataclasses.replace(config, arm="baseline")))
-    evaluate_runs([baseline, full], {})
-    return [baseline, full]
+    demonstrations = CollectConfig(env=EnvConfig(task="reach", image_size=16), episodes=8, batch=8)
+    return CompareConfig(demonstrations, {"baseline": arm, "full": arm})
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, cache) -> list[Path]:
+    """A whole comparison at the smallest size."""
+    place = tmp_path_factory.mktemp("runs")
+    run(tiny_comparison(), place)
+    return [place / "baseline", place / "full"]
+
+
+def test_a_comparison_goes_on_where_it_stopped(runs, monkeypatch, capsys):
+    place = runs[0].parent
+    before = json.loads((place / "results.json").read_text())
+    assert {(row["arm"], row["split"]) for row in before["rows"]} == {
+        (arm, split) for arm in ("baseline", "full") for split in SPLITS
+    }
+    same = {row["split"]: (row["difference"], row["arm"], row["against"]) for row in before["comparisons"]}
+    assert same == dict.fromkeys(SPLITS, (0.0, "full", "baseline"))
+    monkeypatch.delattr("experiments.compare.train")
+    monkeypatch.delattr("experiments.compare.collect")
+    assert run(tiny_comparison(), place) == place / "report.html"
+    assert json.loads((place / "results.json").read_text()) == before
+    out = capsys.readouterr().out
+    assert "is there already" in out and out.count("is trained already") == 2
 
 
 def test_evaluation_leaves_numbers_and_a_page(runs):
@@ -87,9 +100,10 @@ def test_evaluation_leaves_numbers_and_a_page(runs):
         assert [(row["arm"], row["split"], row["step"], row["trials"]) for row in rows] == [
             (arm, split, 4, 4) for split in SPLITS
         ]
-    page = (runs[0] / "report.html").read_text()
+    page = (runs[0].parent / "report.html").read_text()
     assert "full − baseline" in page and "data:video/mp4;base64," in page
-    assert not (runs[1] / "report.html").exists()
+    assert not any((run_dir / "report.html").exists() for run_dir in runs)
+    assert (runs[0].parent / "report.png").is_file()
 
 
 def test_settings_change_one_evaluation(runs, tmp_path, capsys):

@@ -1,0 +1,51 @@
+"""Every file in configs/ is complete: it resolves to the settings of the entry point that its text names."""
+
+import importlib
+
+import pytest
+
+from configs.train import ARMS
+from experiments.compare import CompareConfig
+from experiments.evaluate import EvaluateConfig
+from vla_jax.config import resolve
+from vla_jax.envs.collect import CollectConfig
+from vla_jax.errors import UserError
+from vla_jax.training.train_config import TrainConfig
+
+
+@pytest.mark.parametrize(
+    "name, schema",
+    [
+        ("collect", CollectConfig),
+        ("evaluate", EvaluateConfig),
+        ("quickstart", CompareConfig),
+        ("overnight", CompareConfig),
+    ],
+)
+def test_configs_resolve(name, schema):
+    assert isinstance(resolve(schema, importlib.import_module(f"configs.{name}").get_config()), schema)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_arms_resolve(arm):
+    config = resolve(TrainConfig, importlib.import_module("configs.train").get_config(arm))
+    assert config.arm == arm
+
+
+def test_a_misspelt_arm_gets_a_suggestion():
+    with pytest.raises(UserError, match="bayesianvla"):
+        importlib.import_module("configs.train").get_config("bayesanvla")
+
+
+@pytest.mark.parametrize("name", ["quickstart", "overnight"])
+def test_compared_arms_differ_in_the_objective_alone(name):
+    arms = resolve(CompareConfig, importlib.import_module(f"configs.{name}").get_config()).arms
+    first, second = arms["baseline"], arms["bayesianvla"]
+    assert (first.steps, first.data, first.optimizer, first.seed) == (
+        second.steps,
+        second.data,
+        second.optimizer,
+        second.seed,
+    )
+    assert (first.policy.conditioning, second.policy.conditioning) == ("tokens", "queries")
+    assert first.policy.keypoints == second.policy.keypoints and first.policy.trunk == second.policy.trunk
