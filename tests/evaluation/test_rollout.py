@@ -64,14 +64,14 @@ class PointEnv:
 
 
 class PointPolicy(nnx.Module):
-    """Moves along x: by `speed` times the first word's number, plus noise."""
+    """Moves along x: by `speed` (times the guidance, if there is any) times the first word's number, plus noise."""
 
     def __init__(self, speed, noise=0.0):
         self.speed, self.noise = nnx.Param(jnp.float32(speed)), nnx.Param(jnp.float32(noise))
 
-    def act(self, observation, tokens, token_mask, key, steps):
-        batch = len(tokens)
-        along = self.speed[...] * tokens[:, :1] + self.noise[...] * jax.random.normal(key, (batch, CHUNK))
+    def act(self, observation, tokens, token_mask, key, steps, guidance):
+        batch, speed = len(tokens), self.speed[...] * (1.0 if guidance is None else guidance)
+        along = speed * tokens[:, :1] + self.noise[...] * jax.random.normal(key, (batch, CHUNK))
         return jnp.zeros((batch, CHUNK, 5)).at[..., 0].set(along)
 
 
@@ -159,6 +159,19 @@ def test_words_reach_the_policy():
     tokens[1] = 0
     outcome, _ = run_policy(PointPolicy(SPEED), dataclasses.replace(trials, tokens=tokens))
     assert outcome.success.tolist() == [True, False]
+
+
+def test_guidance_reaches_the_policy_and_changes_without_compiling():
+    run, trials = compiled(2, 10, False), make_trials(1)
+    graphdef, weights = nnx.split(PointPolicy(0.02))
+    ticks = {}
+    for guidance in (None, 1.0, 2.0):
+        ((outcome, _),) = in_batches(run, graphdef, weights, trials, jax.random.key(0), 1, guidance)
+        ticks[guidance] = int(outcome.ticks[0])
+        if guidance == 1.0:
+            before = run._cache_size()
+    assert ticks[None] == ticks[1.0] == 10 and ticks[2.0] == 5
+    assert run._cache_size() == before
 
 
 def test_noise_belongs_to_the_scene_whatever_the_batch():

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vla_jax.flow.density import log_density
 from vla_jax.flow.path import point, sample_time, squared_error, velocity
 from vla_jax.flow.solve import Transform, chain, identity, solve
+from vla_jax.flow.transforms import extrapolate
 
 
 def normal(*shape, seed=0):
@@ -51,9 +53,8 @@ def test_the_field_is_asked_at_the_left_ends_of_the_steps():
     np.testing.assert_allclose(x, (0 + 0.25 + 0.5 + 0.75) / 4)
 
 
-def test_a_mixture_of_gaussians_is_recovered():
-    """Data: means -2 and 1 with weights 0.3 and 0.7, deviation 0.1. The exact field is E[data - noise | x_t]."""
-    means, weights, deviation = np.array([-2.0, 1.0]), np.array([0.3, 0.7]), 0.1
+def mixture_field(means, weights, deviation):
+    """The exact field E[data - noise | x_t] of chunks of width 1 whose one number is drawn from a Gaussian mixture."""
 
     def field(x, t):
         variance = (1 - t) ** 2 + (t * deviation) ** 2
@@ -62,11 +63,17 @@ def test_a_mixture_of_gaussians_is_recovered():
         noise = (1 - t) / variance * (x - t * means)
         return (jax.nn.softmax(log, -1) * (data - noise)).sum(-1, keepdims=True)
 
+    return field
+
+
+def test_a_mixture_of_gaussians_is_recovered():
+    """Data: means -2 and 1 with weights 0.3 and 0.7, deviation 0.1."""
+    field = mixture_field(np.array([-2.0, 1.0]), np.array([0.3, 0.7]), 0.1)
     x = np.asarray(jax.jit(lambda noise: solve(field, noise, steps=200))(normal(20_000, 1, 1)))
     right = x > -0.5
     assert abs(right.mean() - 0.7) < 0.015
     for side, mean in ((x[~right], -2.0), (x[right], 1.0)):
-        assert abs(side.mean() - mean) < 0.03 and abs(side.std() - deviation) < 0.03
+        assert abs(side.mean() - mean) < 0.03 and abs(side.std() - 0.1) < 0.03
 
 
 def adding(amount):
@@ -102,3 +109,45 @@ def test_a_transform_carries_its_own_state_and_may_move_the_point():
 def test_the_solution_is_differentiable_in_the_noise():
     gradient = jax.grad(lambda noise: solve(lambda x, t: -x, noise, steps=4).sum())(jnp.ones((1, 1, 1)))
     np.testing.assert_allclose(gradient, 0.75**4, rtol=1e-6)
+
+
+def test_the_density_of_a_mixture_is_exact():
+    means, weights, deviation = np.array([-1.0, 1.5]), np.array([0.4, 0.6]), 0.5
+    field = mixture_field(means, weights, deviation)
+    x = np.linspace(-2.5, 3.0, 23, dtype=np.float32).reshape(-1, 1, 1)
+    gaussian = np.exp(-((x[..., 0] - means) ** 2) / (2 * deviation**2)) / np.sqrt(2 * np.pi * deviation**2)
+    found = jax.jit(lambda x: log_density(field, x, steps=64))(x)
+    np.testing.assert_allclose(found, np.log(gaussian @ weights), atol=2e-3)
+
+
+def test_the_density_counts_every_dimension():
+    """A linear field mixes the six numbers of a chunk: x_1 = expm(M) x_0, so log p is that of a Gaussian."""
+    matrix = 0.4 * normal(6, 6)
+    x = normal(5, 3, 2, seed=1)
+    found = jax.jit(lambda x: log_density(lambda x, t: (x.reshape(-1, 6) @ matrix.T).reshape(x.shape), x))(x)
+    noise = x.reshape(5, 6) @ np.asarray(jax.scipy.linalg.expm(-matrix)).T
+    expected = -0.5 * (noise**2).sum(-1) - 3 * np.log(2 * np.pi) - np.trace(matrix)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_extrapolation_leads_away_from_the_reference():
+    noise = normal(2, 3, 1)
+
+    def run(weight):
+        transform = extrapolate(lambda x, t: 0 * x + 1.0, weight)
+        return np.asarray(solve(lambda x, t: 0 * x + 3.0, noise, steps=4, transform=transform) - noise)
+
+    for weight, moved in ((0.0, 1.0), (1.0, 3.0), (2.0, 5.0), (0.5, 2.0)):
+        np.testing.assert_allclose(run(weight), moved, atol=1e-5)
+
+
+def test_extrapolation_sharpens_towards_what_only_the_field_knows():
+    """Reference: both modes alike. Field: the right one more likely. Guidance goes beyond the field's odds."""
+    means, deviation = np.array([-1.5, 1.5]), 0.3
+    reference, field = (mixture_field(means, np.array(w), deviation) for w in ((0.5, 0.5), (0.35, 0.65)))
+    share = [
+        float((solve(field, normal(20_000, 1, 1), steps=50, transform=extrapolate(reference, w)) > 0).mean())
+        for w in (0.0, 1.0, 2.0, 4.0)
+    ]
+    assert abs(share[0] - 0.5) < 0.02 and abs(share[1] - 0.65) < 0.02
+    assert share[2] > share[1] + 0.04 and share[3] > share[2] + 0.04

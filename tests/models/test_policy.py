@@ -120,6 +120,25 @@ def test_actions_depend_on_everything_they_should(policy, observation):
     assert np.abs(act(policy, observation, TOKENS, TOKENS > 0, jax.random.key(1)) - base).max() > 1e-3
 
 
+def act_guided(policy, observation, tokens, guidance, key):
+    return policy.act(observation, tokens, tokens > 0, key, guidance=guidance)
+
+
+def test_guidance_goes_from_the_prior_through_the_posterior_and_beyond(observation):
+    policy = make_policy()
+
+    def guided(weight, tokens=TOKENS):
+        return np.asarray(call(policy, act_guided, observation, tokens, np.float32(weight), KEY))
+
+    np.testing.assert_allclose(guided(1.0), act(policy, observation, TOKENS, TOKENS > 0), atol=1e-5)
+    other_words = np.where(TOKENS == 4, 5, TOKENS)
+    np.testing.assert_allclose(guided(0.0), guided(0.0, other_words), atol=1e-6)
+    assert np.abs(guided(0.0) - guided(1.0)).max() > 1e-6
+    assert np.abs(guided(3.0) - guided(3.0, other_words)).max() > np.abs(guided(1.0) - guided(1.0, other_words)).max()
+    with pytest.raises(UserError, match="no prior branch"):
+        make_policy(conditioning="tokens").act(observation, TOKENS, TOKENS > 0, KEY, guidance=2.0)
+
+
 def test_padding_changes_no_action(policy, observation):
     base = act(policy, observation, TOKENS, TOKENS > 0)
     rubbish = np.where(TOKENS > 0, TOKENS, 7)

@@ -111,7 +111,7 @@ class Imagination:
         trials = Trials(*parts, tokens, mask, same)
         graphdef, weights = nnx.split(policy)
         key = jax.random.key(self.config.seed)
-        return concatenate(list(in_batches(self._run, graphdef, weights, trials, key, NUM_SLOTS)))
+        return concatenate(list(in_batches(self._run, graphdef, weights, trials, key, NUM_SLOTS, self.config.guidance)))
 
     @functools.partial(jax.jit, static_argnums=(0, 4))
     def _look(self, scene: Scene, command: Command, cue: Command, size: int) -> tuple[UInt8[Array, "H W 3"], Camera]:

@@ -39,6 +39,7 @@ class EvalConfig:
         seed: of the scenes and of the policy's noise.
         execute: actions of a chunk that are executed before the policy looks again.
         sampler_steps: Euler steps from noise to actions.
+        guidance: w of v_prior + w (v_post - v_prior); None acts by the posterior branch alone (see `Policy.act`).
         batch: scenes in one call of the compiled program.
         videos: successes, and as many failures, that are filmed a split; 0 films none.
         engine: physics, see EnvConfig.
@@ -50,6 +51,7 @@ class EvalConfig:
     seed: int = 0
     execute: int = 4
     sampler_steps: int = 4
+    guidance: float | None = None
     batch: int = 100
     videos: int = 2
     engine: str = "auto"
@@ -150,8 +152,8 @@ class Evaluator:
         began = time.perf_counter()
         graphdef, weights = nnx.split(policy)
         trials = concatenate(list(self._trials.values()))
-        key, batch = jax.random.key(self.config.seed), self.config.batch
-        outcomes = [outcome for outcome, _ in in_batches(self._run, graphdef, weights, trials, key, batch)]
+        key, batch, guidance = jax.random.key(self.config.seed), self.config.batch, self.config.guidance
+        outcomes = [outcome for outcome, _ in in_batches(self._run, graphdef, weights, trials, key, batch, guidance)]
         joined = concatenate(outcomes)
         rows, scenes, start = [], {}, 0
         for split, part in self._trials.items():
@@ -185,7 +187,9 @@ class Evaluator:
             return []
         trials = concatenate([take_rows(self._trials[split], slice(index, index + 1)) for split, index in chosen])
         graphdef, weights = nnx.split(policy)
-        parts = in_batches(self._film, graphdef, weights, trials, jax.random.key(self.config.seed), 2 * count)
+        parts = in_batches(
+            self._film, graphdef, weights, trials, jax.random.key(self.config.seed), 2 * count, self.config.guidance
+        )
         outcome, recording = concatenate(list(parts))
         columns = make_columns(trials, outcome, [self._texts[split][index] for split, index in chosen])
         return [

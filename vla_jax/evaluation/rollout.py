@@ -125,21 +125,25 @@ def _measure(state, now) -> Outcome:
 
 
 def make_rollout(env, *, execute: int, ticks: int, sampler_steps: int, record: bool = False) -> Callable:
-    """The compiled form: `run(graphdef, weights, trials, key)` with `graphdef, weights = nnx.split(policy)`.
+    """The compiled form: `run(graphdef, weights, trials, key, guidance)` with `graphdef, weights = nnx.split(policy)`.
 
     `graphdef` is static and compares by content: checkpoints of one architecture share one compilation per batch shape.
+    guidance: see `Policy.act`; None, or a number that may change without a compilation.
     """
 
-    def run(graphdef, weights, trials, key):
+    def run(graphdef, weights, trials, key, guidance=None):
         def act(observation, tokens, token_mask, key):
-            return nnx.merge(graphdef, weights).act(observation, tokens, token_mask, key, steps=sampler_steps)
+            policy = nnx.merge(graphdef, weights)
+            return policy.act(observation, tokens, token_mask, key, sampler_steps, guidance)
 
         return rollout(env, act, trials, key, execute=execute, ticks=ticks, record=record)
 
     return jax.jit(run, static_argnums=0)
 
 
-def in_batches(run: Callable, graphdef, weights, trials: Trials, key: Key[Array, ""], batch: int) -> Iterator:
+def in_batches(
+    run: Callable, graphdef, weights, trials: Trials, key: Key[Array, ""], batch: int, guidance: float | None = None
+) -> Iterator:
     """Runs any number of trials through one fixed batch shape; yields numpy (Outcome, Recording) of the real ones.
 
     The last batch is filled up with repeats of the last trial, which are dropped from what is yielded.
@@ -147,7 +151,9 @@ def in_batches(run: Callable, graphdef, weights, trials: Trials, key: Key[Array,
     count = trials.index.shape[0]
     for start in range(0, count, batch):
         rows = np.minimum(np.arange(start, start + batch), count - 1)
-        yield take_rows(run(graphdef, weights, take_rows(trials, rows), key), slice(min(batch, count - start)))
+        yield take_rows(
+            run(graphdef, weights, take_rows(trials, rows), key, guidance), slice(min(batch, count - start))
+        )
 
 
 def take_rows(tree: Any, rows: slice | Int[np.ndarray, "R"]) -> Any:

@@ -14,6 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+Field = Callable[[Float[Array, "*B C A"], Float[Array, ""]], Float[Array, "*B C A"]]
+"""A velocity field: (x, t) -> v, one t for the whole batch."""
+
 
 class Transform(NamedTuple):
     """init(noise) -> state; update(x, v, t, state) -> (x, v, state)."""
@@ -42,7 +45,7 @@ def chain(*transforms: Transform) -> Transform:
 
 
 def solve(
-    velocity: Callable[[Float[Array, "*B C A"], Float[Array, ""]], Float[Array, "*B C A"]],
+    velocity: Field,
     noise: Float[Array, "*B C A"],
     *,
     steps: int,

@@ -18,7 +18,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from vla_jax.errors import UserError
-from vla_jax.flow.solve import Transform, identity, solve
+from vla_jax.flow.solve import Field, Transform, identity, solve
+from vla_jax.flow.transforms import extrapolate
 from vla_jax.models.expert import ActionExpert, Condition, ExpertConfig
 from vla_jax.models.keypoints import KeypointConfig, KeypointEncoder
 from vla_jax.models.normalizer import DataFacts, Normalizer
@@ -153,16 +154,20 @@ class Policy(nnx.Module):
         """v(x_t, t | condition) in model units, for R draws of each sample. key: for dropout, in training only."""
         return self.expert(actions, time, self.expert.read(condition), key)
 
-    def sample(
-        self, condition: Condition, noise: Float[Array, "B C A"], *, steps: int = 4, transform: Transform = identity
-    ) -> Float[Array, "B C A"]:
-        """Carry noise to actions (model units) along the velocity field."""
+    def field(self, condition: Condition) -> Field:
+        """The velocity field (x [B, C, A], t) -> v under a condition that is read once."""
         memory = self.expert.read(condition)
 
         def velocity(x, t):
             return self.expert(x[:, None], jnp.full((len(x), 1), t), memory)[:, 0]
 
-        return solve(velocity, noise, steps=steps, transform=transform)
+        return velocity
+
+    def sample(
+        self, condition: Condition, noise: Float[Array, "B C A"], *, steps: int = 4, transform: Transform = identity
+    ) -> Float[Array, "B C A"]:
+        """Carry noise to actions (model units) along the velocity field."""
+        return solve(self.field(condition), noise, steps=steps, transform=transform)
 
     def act(
         self,
@@ -171,12 +176,18 @@ class Policy(nnx.Module):
         token_mask: Bool[Array, "B L"],
         key: PRNGKeyArray,
         steps: int = 4,
+        guidance: Float[Array, ""] | float | None = None,
     ) -> Float[Array, "B C A"]:
-        """A chunk of actions in SI units, by the posterior branch alone.
+        """A chunk of actions in SI units.
 
         observation: {"images": {view: uint8[B, H, W, 3]}, "state": float32[B, F] in SI units}.
+        guidance: None acts by the posterior branch alone, as in the paper. A number w reads both branches in one packed
+            pass and follows v_prior + w (v_post - v_prior); it may be traced.
         """
-        reading = self.encode(observation["images"], tokens, token_mask)["posterior"]
+        branches = ("posterior",) if guidance is None else ("prior", "posterior")
+        readings = self.encode(observation["images"], tokens, token_mask, branches)
+        conditions = {name: self.condition(reading, observation["state"]) for name, reading in readings.items()}
         noise = jax.random.normal(key, (len(tokens), self.config.chunk, len(self.facts.action_low)))
-        actions = self.sample(self.condition(reading, observation["state"]), noise, steps=steps)
+        transform = identity if guidance is None else extrapolate(self.field(conditions["prior"]), guidance)
+        actions = self.sample(conditions["posterior"], noise, steps=steps, transform=transform)
         return self.normalizer.denormalize_action(actions)

@@ -1,0 +1,65 @@
+"""Likelihood of actions under a policy whose flow is known in closed form."""
+
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from vla_jax.analysis.likelihood import action_log_likelihood, guidance_curve
+
+CHUNK, WIDTH, PRIOR, POSTERIOR = 2, 3, (0.0, 1.0), (0.8, 0.4)  # mean and deviation of every number of a chunk
+
+
+class KnownPolicy(nnx.Module):
+    """Actions are Gaussian: narrow and off the middle with the words, wide without. Units: 1 inside is 0.1 outside."""
+
+    normalizer = SimpleNamespace(normalize_action=lambda action: action * 10)
+
+    def encode(self, images, tokens, token_mask, branches):
+        return {name: {"prior": PRIOR, "posterior": POSTERIOR}[name] for name in branches}
+
+    def condition(self, reading, state):
+        return reading
+
+    def field(self, condition):
+        mean, deviation = condition
+
+        def velocity(x, t):
+            variance = (1 - t) ** 2 + (t * deviation) ** 2
+            return mean + (t * deviation**2 - (1 - t)) / variance * (x - t * mean)
+
+        return velocity
+
+
+def make_batch(seed, count=4000):
+    mean, deviation = POSTERIOR
+    actions = np.random.default_rng(seed).normal(mean, deviation, (count, CHUNK, WIDTH)).astype(np.float32) / 10
+    unused = dict.fromkeys(("images", "state", "tokens", "token_mask", "episode"))
+    return {**unused, "actions": actions}
+
+
+def gaussian(x, mean, deviation):
+    return (-0.5 * ((x - mean) / deviation) ** 2 - np.log(deviation * np.sqrt(2 * np.pi))).sum((1, 2))
+
+
+@pytest.mark.parametrize("guidance, law", [(None, POSTERIOR), (1.0, POSTERIOR), (0.0, PRIOR)])
+def test_likelihood_is_exact(guidance, law):
+    batch = make_batch(0, 50)
+    found = jax.jit(lambda batch: action_log_likelihood(KnownPolicy(), batch, guidance, steps=32))(batch)
+    np.testing.assert_allclose(found, gaussian(10 * batch["actions"], *law), atol=2e-2)
+
+
+def test_the_difference_of_the_branches_is_the_information():
+    """E[log pi(a | v, l) - log p(a | v)] is the Kullback-Leibler divergence of the two Gaussians."""
+    batch = make_batch(1)
+    with_words, without = (action_log_likelihood(KnownPolicy(), batch, w) for w in (1.0, 0.0))
+    (m, s), (m0, s0) = POSTERIOR, PRIOR
+    expected = CHUNK * WIDTH * (np.log(s0 / s) + (s**2 + (m - m0) ** 2) / (2 * s0**2) - 0.5)
+    assert abs(float((with_words - without).mean()) - expected) < 0.1
+
+
+def test_the_right_guidance_is_found_without_a_test_scene():
+    best, curve = guidance_curve(KnownPolicy(), [make_batch(2, 500), make_batch(3, 500)], (0.0, 0.5, 1.0, 1.5, 2.0))
+    assert best == 1.0 and curve.shape == (5,) and (np.diff(curve[:3]) > 0).all() and (np.diff(curve[2:]) < 0).all()
