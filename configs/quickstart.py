@@ -21,12 +21,12 @@ def get_config() -> ConfigDict:
                 "bias": {"coupling": "uniqueness", "rho": 0.1},
                 "episodes": 4000,
             },
-            "arms": {name: _arm(name) for name in ("baseline", "bayesianvla")},
+            "arms": {name: arm(name) for name in ("baseline", "bayesianvla")},
         }
     )
 
 
-def _arm(name: str) -> ConfigDict:
+def arm(name: str) -> ConfigDict:
     """A model of 0.9 M parameters that learns to reach in a few minutes on two CPU cores."""
     config = train.get_config(name)
     config.steps = 1500

@@ -10,13 +10,31 @@ from ml_collections import ConfigDict
 from vla_jax.config import nearest
 from vla_jax.errors import UserError
 
-# arm: (what conditions the action expert, weight of the prior's flow matching, weight of the log-likelihood ratio)
+
+def _loss(prior_weight: float, llr_weight: float, **more) -> dict:
+    return {"loss": {"prior_weight": prior_weight, "llr_weight": llr_weight, **more}}
+
+
+# An arm is its difference to the defaults. Weights are the paper's: lambda 0.3, beta 0.1.
 ARMS = {
-    "baseline": ("tokens", 0.0, 0.0),
-    "queries": ("queries", 0.0, 0.0),
-    "prior": ("queries", 0.3, 0.0),
-    "llr": ("queries", 0.0, 0.1),
-    "bayesianvla": ("queries", 0.3, 0.1),
+    # the expert attends to every trunk token; there are no latent queries
+    "baseline": {"policy": {"conditioning": "tokens"}, **_loss(0.0, 0.0)},
+    # latent queries alone
+    "queries": _loss(0.0, 0.0),
+    # + flow matching on the prior branch; what the released code amounts to, since its LLR was zero
+    "prior": _loss(0.3, 0.0),
+    # + the log-likelihood ratio
+    "llr": _loss(0.0, 0.1),
+    # the full objective
+    "bayesianvla": _loss(0.3, 0.1),
+    # the full objective, the prior's gradient let through to the trunk, as in the first release
+    "no_detach": _loss(0.3, 0.1, detach_prior=False),
+    # the full objective with the options of the released code of February 2026
+    "hard_gated": _loss(0.3, 0.1, hard_tokens=16, gate=True),
+    # queries, and the control of Tab. 10: an auxiliary language loss log p(l | v)
+    "language": _loss(0.0, 0.0, language_weight=0.1),
+    # never sees the words: trained and driven by the prior branch
+    "vision": {**_loss(1.0, 0.0, detach_prior=False), "eval": {"guidance": 0.0}},
 }
 
 
@@ -24,12 +42,4 @@ def get_config(arm: str = "bayesianvla") -> ConfigDict:
     """Settings of experiments.train."""
     if arm not in ARMS:
         raise UserError(f"unknown arm '{arm}'{nearest(arm, list(ARMS))}")
-    conditioning, prior_weight, llr_weight = ARMS[arm]
-    return ConfigDict(
-        {
-            "arm": arm,
-            "steps": 2000,
-            "policy": {"conditioning": conditioning},
-            "loss": {"prior_weight": prior_weight, "llr_weight": llr_weight},
-        }
-    )
+    return ConfigDict({"arm": arm, "steps": 2000, "policy": {}, "loss": {}, **ARMS[arm]})

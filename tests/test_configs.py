@@ -7,6 +7,7 @@ import pytest
 from configs.train import ARMS
 from experiments.compare import CompareConfig
 from experiments.evaluate import EvaluateConfig
+from experiments.study import StudyConfig
 from vla_jax.config import resolve
 from vla_jax.envs.collect import CollectConfig
 from vla_jax.errors import UserError
@@ -20,6 +21,7 @@ from vla_jax.training.train_config import TrainConfig
         ("evaluate", EvaluateConfig),
         ("quickstart", CompareConfig),
         ("overnight", CompareConfig),
+        ("studies.language_following", StudyConfig),
     ],
 )
 def test_configs_resolve(name, schema):

@@ -1,5 +1,6 @@
 """From demonstrations to the notebook: a tiny run is collected, trained, judged, reported and looked at."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,14 +13,18 @@ from nbclient import NotebookClient
 
 from experiments.compare import CompareConfig, run
 from experiments.evaluate import main
+from experiments.study import StudyConfig
+from experiments.study import run as study
 from vla_jax.analysis.imagine import Imagination
 from vla_jax.analysis.plots import plot_imagined
 from vla_jax.analysis.runs import compare_runs, load_run, sibling_runs, success_table
+from vla_jax.data.contract import Contract
 from vla_jax.data.loader import DataConfig
 from vla_jax.envs.collect import CollectConfig
 from vla_jax.envs.env import EnvConfig
 from vla_jax.errors import UserError
 from vla_jax.evaluation.evaluate import EvalConfig
+from vla_jax.evaluation.study import load_cells
 from vla_jax.losses.objective import LossConfig
 from vla_jax.models.expert import ExpertConfig
 from vla_jax.models.policy import PolicyConfig
@@ -92,6 +97,28 @@ def test_a_comparison_goes_on_where_it_stopped(runs, monkeypatch, capsys):
     assert json.loads((place / "results.json").read_text()) == before
     out = capsys.readouterr().out
     assert "is there already" in out and out.count("is trained already") == 2
+
+
+def test_a_study_grows_cell_by_cell(runs, tmp_path, monkeypatch):
+    arm = dataclasses.replace(tiny_comparison().arms["full"], steps=3, checkpoint_every=3)
+    config = StudyConfig(tiny_comparison().collect, {"a": arm, "b": arm}, unbiased=("b",), rhos=(0.5,), seeds=1)
+    study(config, tmp_path)
+    first = json.loads((tmp_path / "study.json").read_text())
+    assert {(row["arm"], row["split"], row["seeds"]) for row in first["rows"]} == {
+        (arm, split, 1) for arm in "ab" for split in SPLITS
+    }
+    assert [row["arm"] for row in first["comparisons"]] == ["b"] * len(SPLITS)
+    learned_from = {
+        arm: Contract.load(tmp_path / "runs" / f"uniqueness-rho0.5-{arm}-seed0" / "contract.json").facts["rho"]
+        for arm in "ab"
+    }
+    assert learned_from == {"a": 0.5, "b": 1.0}
+    marks = {result.cell.arm: result.fingerprints for result in load_cells(tmp_path / "results")}
+    assert marks["a"] == marks["b"], "both met the scenes of rho = 0.5"
+    assert (tmp_path / "study.png").is_file() and "### uniqueness, ρ = 0.5" in (tmp_path / "study.md").read_text()
+    monkeypatch.delattr("experiments.study.train")
+    study(config, tmp_path)
+    assert json.loads((tmp_path / "study.json").read_text()) == first
 
 
 def test_evaluation_leaves_numbers_and_a_page(runs):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vla_jax.evaluation.intervals import compare_paired, mcnemar, wilson
+from vla_jax.evaluation.intervals import compare_paired, compare_seeds, holm, mcnemar, wilson
 
 
 @pytest.mark.parametrize("successes, trials", [(0, 10), (1, 10), (5, 10), (10, 10), (47, 200), (199, 200)])
@@ -69,3 +69,33 @@ def test_wilson_holds_the_rate_at_both_ends():
     for trials in range(1, 400):
         assert wilson(0, trials)[0] == 0.0 < wilson(0, trials)[1]
         assert wilson(trials, trials)[0] < wilson(trials, trials)[1] == 1.0
+
+
+def test_comparison_over_seeds_covers_what_it_promises():
+    """Seeds differ in their rates, and the interval holds for the mean of all seeds: scenes alone would be too sure."""
+    random, covered, too_sure = np.random.default_rng(0), 0, 0
+    for trial in range(200):
+        lift = 0.2 + 0.1 * random.normal(size=(8, 1))
+        first = random.random((8, 100)) < 0.4
+        second = random.random((8, 100)) < 0.4 + lift
+        found = compare_seeds(first, second, resamples=400, seed=trial)
+        scenes = compare_paired(first.ravel(), second.ravel(), resamples=400)
+        covered += found.low <= 0.2 <= found.high
+        too_sure += scenes.low <= 0.2 <= scenes.high
+    assert covered / 200 > 0.86 and too_sure / 200 < covered / 200 - 0.1
+
+
+def test_comparison_over_seeds_knows_no_difference():
+    outcomes = np.random.default_rng(0).random((3, 50)) < 0.5
+    same = compare_seeds(outcomes, outcomes)
+    assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1) and same.by_seed == (0, 0, 0)
+    better = compare_seeds(np.zeros((3, 50), bool), np.ones((3, 50), bool))
+    assert better.difference == 1 and better.p < 1e-3
+    with pytest.raises(ValueError, match="two tables"):
+        compare_seeds(outcomes, outcomes[:2])
+
+
+def test_holm_steps_down():
+    # By hand: 0.01 x 4, 0.02 x 3, then 0.03 x 2 and 0.04 x 1 may not fall below what came before.
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.9, 0.6]) == [1.0, 1.0] and holm([]) == []

@@ -133,6 +133,11 @@ def test_an_incomplete_run_says_what_is_missing(copy, victim, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_directory_of_runs_names_them(copy):
+    with pytest.raises(UserError, match=f"{copy.parent} is no run, but there are runs in it: give one of {copy}"):
+        load_policy(copy.parent)
+
+
 def test_a_checkpoint_that_is_not_there_lists_those_that_are(copy):
     with pytest.raises(UserError, match="no checkpoint 7 in .*complete are 5, 10"):
         load_policy(copy, step=7)

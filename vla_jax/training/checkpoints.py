@@ -126,6 +126,9 @@ def load_config(run_dir: str | Path) -> TrainConfig:
     """The resolved configuration of a run."""
     path = Path(run_dir) / "config.json"
     if not path.is_file():
+        inside = sorted(str(config.parent) for config in path.parent.glob("*/config.json"))
+        if inside:
+            raise UserError(f"{run_dir} is no run, but there are runs in it: give one of {', '.join(inside)}")
         raise UserError(f"no config.json in {run_dir}: the run directory is incomplete")
     try:
         return from_json(TrainConfig, path.read_text())

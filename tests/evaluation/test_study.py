@@ -1,0 +1,81 @@
+"""The table of a study from the outcomes of its cells."""
+
+import json
+
+import numpy as np
+import pytest
+
+from vla_jax.errors import UserError
+from vla_jax.evaluation.results import Results
+from vla_jax.evaluation.study import Cell, comparisons, figure, load_cells, markdown, save_cell, table
+
+SCENES = 40
+
+
+def save(directory, arm, seed, rates, mark="same", rho=0.1):
+    """A cell whose first scenes succeed; all other scenes of `swapped` are stuck."""
+    scenes = {}
+    for split, rate in rates.items():
+        success = np.arange(SCENES) < rate * SCENES
+        scenes[split] = {
+            "success": success.tolist(),
+            "stuck": (~success).tolist(),
+            "conflict": [split == "swapped"] * SCENES,
+        }
+    results = Results(arm, 10, {}, [], scenes, dict.fromkeys(rates, mark), 1.0)
+    save_cell(directory, Cell("uniqueness", rho, arm, seed), results, {"commit": "c0ffee"})
+
+
+@pytest.fixture
+def cells(tmp_path):
+    for seed, (base, full) in enumerate([(0.1, 0.5), (0.2, 0.7), (0.15, 0.6)]):
+        save(tmp_path, "baseline", seed, {"in_distribution": 0.9, "swapped": base})
+        save(tmp_path, "full", seed, {"in_distribution": 0.9, "swapped": full})
+    return tmp_path
+
+
+def test_rows_are_means_over_seeds(cells):
+    rows = {(row["arm"], row["split"]): row for row in table(load_cells(cells))}
+    row = rows["full", "swapped"]
+    assert row["by_seed"] == [0.5, 0.7, 0.6] and row["seeds"] == 3
+    assert row["rate"] == pytest.approx(0.6) and row["deviation"] == pytest.approx(0.1)
+    assert row["stick"] == pytest.approx(0.4) and rows["full", "in_distribution"]["stick"] is None
+
+
+def test_differences_are_paired_by_seed_and_corrected(cells):
+    save(cells, "full", 3, {"in_distribution": 0.0, "swapped": 0.0})  # a seed that the reference has not run yet
+    rows = {row["split"]: row for row in comparisons(load_cells(cells), "baseline")}
+    gap = rows["swapped"]
+    assert gap["difference"] == pytest.approx(0.45) and gap["by_seed"] == pytest.approx((0.4, 0.5, 0.45))
+    assert gap["seeds"] == 3 and 0.25 < gap["low"] < 0.45 < gap["high"] < 0.65
+    assert gap["p_holm"] == pytest.approx(2 * gap["p"]) and gap["p_holm"] < 0.01
+    assert rows["in_distribution"]["difference"] == 0 and rows["in_distribution"]["p_holm"] == 1
+
+
+def test_other_scenes_are_not_compared(cells):
+    save(cells, "full", 0, {"swapped": 0.5}, mark="other")
+    with pytest.raises(UserError, match="full and baseline met other scenes of 'swapped'"):
+        comparisons(load_cells(cells), "baseline")
+
+
+def test_markdown_holds_every_number(cells):
+    save(cells, "baseline", 0, {"swapped": 0.25}, rho=0.3)
+    text = markdown(load_cells(cells), "baseline")
+    assert "### uniqueness, ρ = 0.1" in text and "### uniqueness, ρ = 0.3" in text
+    assert "60.0 ± 10.0 [40]<br>+45.0 [" in text and "| baseline | 1 | 25.0 [75] |" in text
+    full = next(line for line in text.splitlines() if line.startswith("| full"))
+    assert full.count("\\*") == 1, "only the swapped split differs for sure"
+
+
+def test_the_figure_shows_each_arm_at_its_rates(cells):
+    panels = figure(load_cells(cells)).axes
+    assert [axis.get_title() for axis in panels] == ["in distribution (uniqueness)", "swapped (uniqueness)"]
+    lines = {line.get_label(): line.get_ydata() for line in panels[1].get_lines() if line.get_linestyle() == "-"}
+    assert lines["full"] == pytest.approx([0.6]) and lines["baseline"] == pytest.approx([0.15])
+
+
+def test_a_damaged_file_is_named(cells):
+    path = next(cells.glob("*.json"))
+    path.write_text(json.dumps({"cell": {"coupling": "uniqueness"}}))
+    with pytest.raises(UserError, match=f"{path.name} does not hold the result"):
+        load_cells(cells)

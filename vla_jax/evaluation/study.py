@@ -1,0 +1,197 @@
+"""The results of many trainings as one table: arms against each other, over couplings, rho and seeds.
+
+A *cell* is one training and its evaluation; a file holds each, so that a table grows as they come.
+"""
+
+import dataclasses
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vla_jax.errors import UserError
+from vla_jax.evaluation.intervals import SeedComparison, compare_seeds, holm
+from vla_jax.evaluation.results import Results, write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Cell:
+    """One training of a study."""
+
+    coupling: str
+    rho: float
+    arm: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Unique in a study; a file name."""
+        return f"{self.coupling}-rho{self.rho:g}-{self.arm}-seed{self.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class CellResult:
+    """What one cell found: per split the outcome of every scene (success; stuck and conflict, see Results)."""
+
+    cell: Cell
+    success: dict[str, list[bool]]
+    stuck: dict[str, list[bool]]
+    conflict: dict[str, list[bool]]
+    fingerprints: dict[str, str]
+    step: int
+    provenance: dict[str, Any]
+
+
+def save_cell(directory: Path, cell: Cell, results: Results, provenance: dict[str, Any]) -> None:
+    """Writes `directory/<cell>.json`."""
+    columns = {
+        name: {split: columns[name] for split, columns in results.scenes.items()}
+        for name in ("success", "stuck", "conflict")
+    }
+    found = CellResult(cell, **columns, fingerprints=results.fingerprints, step=results.step, provenance=provenance)
+    write_atomically(directory / f"{cell.name}.json", json.dumps(dataclasses.asdict(found)) + "\n")
+
+
+def load_cells(directory: str | Path) -> list[CellResult]:
+    """Every cell saved in a directory, in order. Raises UserError for a file that is none."""
+    found = []
+    for path in sorted(Path(directory).glob("*.json")):
+        try:
+            values = json.loads(path.read_text())
+            found.append(CellResult(**{**values, "cell": Cell(**values["cell"])}))
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path} does not hold the result of a study's cell: delete it and run again") from error
+    return sorted(found, key=lambda result: result.cell)
+
+
+def table(results: Iterable[CellResult]) -> list[dict[str, Any]]:
+    """One row for every coupling, rho, arm and split: mean success over seeds, its standard deviation, stick rate."""
+    rows = []
+    for (coupling, rho, arm), group in _grouped(results).items():
+        for split in dict.fromkeys(split for result in group for split in result.success):
+            have = [result for result in group if split in result.success]
+            rates = [float(np.mean(result.success[split])) for result in have]
+            sticks = [
+                float(np.mean(stuck))
+                for result in have
+                if len(stuck := np.array(result.stuck[split])[np.array(result.conflict[split], bool)])
+            ]
+            rows.append(
+                {
+                    "coupling": coupling,
+                    "rho": rho,
+                    "arm": arm,
+                    "split": split,
+                    "seeds": len(rates),
+                    "rate": float(np.mean(rates)),
+                    "deviation": float(np.std(rates, ddof=1)) if len(rates) > 1 else None,
+                    "stick": float(np.mean(sticks)) if sticks else None,
+                    "by_seed": rates,
+                }
+            )
+    return rows
+
+
+def comparisons(results: Sequence[CellResult], reference: str) -> list[dict[str, Any]]:
+    """Every other arm minus the reference arm, on the seeds that both have; p corrected by Holm over all rows.
+
+    Raises:
+        UserError: arms of one setting were judged on different scenes.
+    """
+    groups, rows = _grouped(results), []
+    for (coupling, rho, arm), group in groups.items():
+        base = {result.cell.seed: result for result in groups.get((coupling, rho, reference), ())}
+        pairs = [(base[result.cell.seed], result) for result in group if result.cell.seed in base]
+        if arm == reference or not pairs:
+            continue
+        for split in pairs[0][0].success:
+            if any(split not in other.success for _, other in pairs):
+                continue
+            if len({side.fingerprints[split] for pair in pairs for side in pair}) > 1:
+                raise UserError(f"{coupling}, rho {rho:g}: {arm} and {reference} met other scenes of {split!r}")
+            sides = (np.array([pair[side].success[split] for pair in pairs]) for side in (0, 1))
+            found: SeedComparison = compare_seeds(*sides)
+            setting = {"coupling": coupling, "rho": rho, "arm": arm, "against": reference, "split": split}
+            rows.append({**setting, "seeds": len(pairs), **dataclasses.asdict(found)})
+    for row, corrected in zip(rows, holm([row["p"] for row in rows]), strict=True):
+        row["p_holm"] = corrected
+    return rows
+
+
+def markdown(results: Sequence[CellResult], reference: str) -> str:
+    """The table as Markdown: one block for each coupling and rho, arms down, splits across."""
+    rows = {(row["coupling"], row["rho"], row["arm"], row["split"]): row for row in table(results)}
+    gaps = {(row["coupling"], row["rho"], row["arm"], row["split"]): row for row in comparisons(results, reference)}
+    blocks = []
+    for coupling, rho in dict.fromkeys((key[0], key[1]) for key in rows):
+        here = [key for key in rows if key[:2] == (coupling, rho)]
+        splits = list(dict.fromkeys(key[3] for key in here))
+        lines = [f"### {coupling}, ρ = {rho:g}", "", f"| arm | seeds | {' | '.join(_spaced(s) for s in splits)} |"]
+        lines.append("|---" * (2 + len(splits)) + "|")
+        for arm in dict.fromkeys(key[2] for key in here):
+            keys = [(coupling, rho, arm, split) for split in splits]
+            seeds = max(rows[key]["seeds"] for key in keys if key in rows)
+            cells = [_cell(rows.get(key), gaps.get(key)) for key in keys]
+            lines.append(f"| {arm} | {seeds} | {' | '.join(cells)} |")
+        blocks.append("\n".join(lines))
+    note = (
+        f"Success in %, mean ± standard deviation over seeds; in brackets the stick rate. Second line: points above "
+        f"{reference} with a 95 % bootstrap interval over seeds and scenes; \\* where p < .05 after Holm's correction."
+    )
+    return "\n\n".join([*blocks, note]) + "\n"
+
+
+def figure(results: Sequence[CellResult], splits: Sequence[str] = ("in_distribution", "swapped")) -> "Figure":
+    """Success over rho, a line an arm, a panel a split and coupling; dots are seeds."""
+    from matplotlib.figure import Figure
+
+    rows = table(results)
+    couplings = list(dict.fromkeys(row["coupling"] for row in rows))
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    drawn = Figure(figsize=(4.6 * len(splits), 3.2 * len(couplings)), layout="constrained")
+    panels = drawn.subplots(len(couplings), len(splits), squeeze=False, sharey=True)
+    for coupling, line in zip(couplings, panels, strict=True):
+        for split, axis in zip(splits, line, strict=True):
+            for index, arm in enumerate(arms):
+                points = [r for r in rows if (r["coupling"], r["split"], r["arm"]) == (coupling, split, arm)]
+                if points:
+                    x = [row["rho"] for row in points]
+                    axis.plot(x, [row["rate"] for row in points], "-", color=f"C{index}", label=arm)
+                    for row in points:
+                        axis.plot([row["rho"]] * row["seeds"], row["by_seed"], ".", color=f"C{index}")
+            axis.set(xlabel="ρ", ylim=(-0.02, 1.02), title=f"{_spaced(split)} ({coupling})", xscale="symlog")
+            axis.set_xscale("symlog", linthresh=0.01)
+        line[0].set_ylabel("success")
+    panels[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return drawn
+
+
+def _grouped(results: Iterable[CellResult]) -> dict[tuple[str, float, str], list[CellResult]]:
+    groups = defaultdict(list)
+    for result in results:
+        groups[result.cell.coupling, result.cell.rho, result.cell.arm].append(result)
+    return dict(groups)
+
+
+def _cell(row: dict[str, Any] | None, gap: dict[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    spread = "" if row["deviation"] is None else f" ± {100 * row['deviation']:.1f}"
+    stick = "" if row["stick"] is None else f" [{100 * row['stick']:.0f}]"
+    text = f"{100 * row['rate']:.1f}{spread}{stick}"
+    if gap is None or math.isnan(gap["difference"]):
+        return text
+    sure = "\\*" if gap["p_holm"] < 0.05 else ""
+    points, low, high = (100 * gap[name] for name in ("difference", "low", "high"))
+    return f"{text}<br>{points:+.1f} [{low:+.1f}, {high:+.1f}]{sure}"
+
+
+def _spaced(split: str) -> str:
+    return split.replace("_", " ")
