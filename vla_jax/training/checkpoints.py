@@ -28,8 +28,10 @@ from vla_jax.training.train_config import TrainConfig
 
 WEIGHTS = ("params", "ema", "constants")
 
-# Orbax logs every routine save, and every failure once a thread before it raises it.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
+# Orbax logs every routine save, and every failure once a thread before it raises it; of the other arrays that it was
+# reading then, asyncio tells each on its own afterwards.
+for name in ("absl", "asyncio"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 class Checkpoints:
