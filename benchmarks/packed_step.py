@@ -51,11 +51,11 @@ SIZES = {  # policy, image size, text tokens, batch, noise draws
 class TwoPasses(Policy):
     """The branches one after the other, each with its own image tokens."""
 
-    def encode(self, images, tokens, token_mask, branches=("posterior",)):
+    def encode(self, images, tokens, token_mask, branches=("posterior",), chunk=None):
         readings = {}
         for branch in branches:
             images = jax.lax.optimization_barrier(images)  # or XLA would notice that the images are the same
-            readings |= super().encode(images, tokens, token_mask, (branch,))
+            readings |= super().encode(images, tokens, token_mask, (branch,), chunk)
         return readings
 
 

@@ -33,6 +33,11 @@ ARMS = {
     "hard_gated": _loss(0.3, 0.1, hard_tokens=16, gate=True),
     # queries, and the control of Tab. 10: an auxiliary language loss log p(l | v)
     "language": _loss(0.0, 0.0, language_weight=0.1),
+    # beyond the paper: the policy's actions are to tell the instruction (losses/information.py)
+    "information": {
+        "policy": {"read_actions": True},
+        **_loss(0.3, 0.0, language_weight=0.1, reader_weight=0.1, pmi_weight=0.1),
+    },
     # never sees the words: trained and driven by the prior branch
     "vision": {**_loss(1.0, 0.0, detach_prior=False), "eval": {"guidance": 0.0}},
 }

@@ -11,6 +11,8 @@
 | + LLR | "queries" | 0 | 0.1 |
 | full | "queries" | 0.3 | 0.1 |
 
+Beyond the paper: the information between action and instruction that its Eq. 4 is about (`losses.information`).
+
 Axes: B batch, R noise draws of one sample, L instruction length, C chunk length, A action width.
 """
 
@@ -26,7 +28,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vla_jax.errors import UserError
 from vla_jax.losses.flow_matching import Draw, draw, flow_matching
-from vla_jax.losses.language import mean_over_tokens, token_log_likelihood
+from vla_jax.losses.information import likelihoods, predicted_chunk, read_back, recorded_chunk
+from vla_jax.losses.language import mean_over_tokens
 from vla_jax.losses.llr import GateState, log_likelihood_ratio
 from vla_jax.losses.term import Term, term
 from vla_jax.models.expert import Condition
@@ -35,9 +38,13 @@ from vla_jax.models.policy import Policy, Reading
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """prior_weight: lambda. llr_weight: beta. language_weight: gamma, of -log p(l | v) in the posterior ordering.
+    """Weights and options of the terms; one that is 0 leaves its term out.
 
+    prior_weight: lambda. llr_weight: beta. language_weight: gamma, of -log p(l | v) in the posterior ordering.
     detach_prior: keep the gradient of FM(prior) inside the expert. hard_tokens, gate: see `log_likelihood_ratio`.
+    reader_weight: of -log p(l | a, v), which teaches the trunk to read the instruction off recorded actions (see
+        `losses.information`; the policy needs `read_actions`). reader_noise: at points x_t of the flow, not clean.
+    pmi_weight: of log p(l | a, v) - log p(l | v) of the actions at which the policy aims, a mean over tokens.
     noise_draws: R, noise and time draws of each sample.
     """
 
@@ -47,6 +54,9 @@ class LossConfig:
     detach_prior: bool = True
     hard_tokens: int = 0
     gate: bool = False
+    reader_weight: float = 0.0
+    reader_noise: bool = False
+    pmi_weight: float = 0.0
     noise_draws: int = 4
 
     def __post_init__(self):
@@ -54,11 +64,16 @@ class LossConfig:
             raise UserError(f"loss.prior_weight must lie in [0, 1], got {self.prior_weight}")
         if self.noise_draws < 1 or self.hard_tokens < 0:
             raise UserError("loss.noise_draws must be at least 1 and loss.hard_tokens at least 0")
+        if self.reader_weight and not self.language_weight:
+            raise UserError("loss.reader_weight needs loss.language_weight: log p(l | v) has to be learned as well")
+        if self.pmi_weight and not self.reader_weight:
+            raise UserError("loss.pmi_weight needs loss.reader_weight: somebody has to learn to read actions")
 
     @property
     def branches(self) -> tuple[str, ...]:
         """The branches that this objective has to read."""
-        return ("prior", "posterior") if self.prior_weight or self.llr_weight else ("posterior",)
+        prior = ("prior",) if self.prior_weight or self.llr_weight else ()
+        return (*prior, "posterior", "action") if self.reader_weight else (*prior, "posterior")
 
 
 def objective(
@@ -70,8 +85,11 @@ def objective(
     bool[B, C], tokens int32[B, L], token_mask bool[B, L]. The loss is the sum of weight x value over the terms.
     """
     tokens, mask = batch["tokens"], batch["token_mask"]
-    readings = policy.encode(batch["images"], tokens, mask, config.branches)
-    terms = _flow_terms(policy, readings, batch, key, config)
+    actions = policy.normalizer.normalize_action(batch["actions"])
+    flow_key, reader_key, aim_key = key, jax.random.fold_in(key, 1), jax.random.fold_in(key, 2)
+    chunk = recorded_chunk(actions, reader_key, config.reader_noise) if config.reader_weight else None
+    readings = policy.encode(batch["images"], tokens, mask, config.branches, chunk)
+    terms = _flow_terms(policy, readings, batch, flow_key, config)
     if config.llr_weight:
         prior, posterior = (policy.word_logits(readings[name].predictors) for name in ("prior", "posterior"))
         llr, gate_state = log_likelihood_ratio(
@@ -82,9 +100,17 @@ def objective(
         terms["llr_posterior"] = term(llr.posterior, llr.carried)
         terms["llr_gate"] = term(llr.gate, llr.carried)
     if config.language_weight:
-        logits = policy.word_logits(readings["posterior"].predictors)
-        surprise = -mean_over_tokens(token_log_likelihood(logits, tokens), mask)
-        terms["language"] = term(surprise, mask.any(-1), config.language_weight)
+        plain = likelihoods(policy, readings["posterior"], tokens)
+        terms["language"] = term(-mean_over_tokens(plain, mask), mask.any(-1), config.language_weight)
+    if config.reader_weight:
+        read = likelihoods(policy, readings["action"], tokens)
+        terms["reader"] = term(-mean_over_tokens(read, mask), mask.any(-1), config.reader_weight)
+        terms["information"] = term(jnp.where(mask, read - plain, 0.0).sum(-1), mask.any(-1))  # nats an instruction
+    if config.pmi_weight:
+        condition = policy.condition(readings["posterior"], batch["state"])
+        aimed = read_back(policy, predicted_chunk(policy, condition, actions, aim_key), batch, mask)
+        ratio = mean_over_tokens(aimed - lax.stop_gradient(plain), mask)
+        terms["pmi"] = term(ratio, mask.any(-1), -config.pmi_weight)
     loss = sum(part.weight * part.value for part in terms.values() if part.weight)
     return loss, (terms, gate_state)
 

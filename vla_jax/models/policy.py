@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from vla_jax.errors import UserError
 from vla_jax.flow.solve import Field, Transform, identity, solve
 from vla_jax.flow.transforms import extrapolate
+from vla_jax.models.actions import ActionReader
 from vla_jax.models.expert import ActionExpert, Condition, ExpertConfig
 from vla_jax.models.keypoints import KeypointConfig, KeypointEncoder
 from vla_jax.models.normalizer import DataFacts, Normalizer
@@ -36,7 +37,8 @@ ENCODERS = {"vit": (VisionEncoder, "vision"), "keypoints": (KeypointEncoder, "ke
 class PolicyConfig:
     """encoder: "vit" (set up by `vision`) or "keypoints" (by `keypoints`).
     conditioning: "queries" (the expert sees the latent queries only) or "tokens" (it sees all of [v, l], and there are
-    no queries: the usual baseline). dtype: of the computation; parameters are float32."""
+    no queries: the usual baseline). read_actions: the trunk can read an action chunk (branch "action" of `encode`).
+    dtype: of the computation; parameters are float32."""
 
     encoder: str = "vit"
     vision: VisionConfig = VisionConfig()
@@ -47,15 +49,25 @@ class PolicyConfig:
     queries: int = 8
     chunk: int = 8
     conditioning: str = "queries"
+    read_actions: bool = False
     dtype: str = "float32"
+
+
+class Chunk(NamedTuple):
+    """Points x_t of the flow of actions (model units), and their t: 1 for clean actions."""
+
+    actions: Float[Array, "B C A"]
+    time: Float[Array, " B"]
 
 
 class Reading(NamedTuple):
     """What the trunk made of one branch.
 
-    hidden: the states that condition the expert; valid: which of them count (None: all).
+    hidden: the states that condition the expert (in the action branch those of the actions, which condition nothing);
+    valid: which of them count (None: all).
     predictors: the states from which the L instruction tokens are predicted, one place earlier each (for the first
-    token that is the last query in the prior branch, the last image token in the posterior).
+    token that is the last query in the prior branch, the last image token in the posterior, the last action in the
+    action branch).
     """
 
     hidden: Float[Array, "B S D"]
@@ -82,6 +94,8 @@ class Policy(nnx.Module):
         self.trunk = Trunk(config.trunk, dtype=dtype, rngs=rngs)
         queries = jax.random.normal(rngs.params(), (config.queries, D)) * D**-0.5
         self.queries = nnx.Param(queries) if config.conditioning == "queries" else None
+        reads, size = config.read_actions, (len(facts.action_low), config.chunk, D)
+        self.reader = ActionReader(*size, dtype=dtype, rngs=rngs) if reads else None
         self.expert = ActionExpert(
             config.expert,
             context_width=D,
@@ -92,22 +106,29 @@ class Policy(nnx.Module):
             rngs=rngs,
         )
 
-    def embed(self, images: dict[str, Array], tokens: Int[Array, "B L"]) -> dict[str, Float[Array, "B T D"]]:
+    def embed(
+        self, images: dict[str, Array], tokens: Int[Array, "B L"], chunk: Chunk | None = None
+    ) -> dict[str, Float[Array, "B T D"]]:
         """One embedding array for each kind of span."""
         image = self.vision(images)
         parts = {"image": image, "text": self.words[...][tokens].astype(image.dtype)}
         if self.queries is not None:
             parts["query"] = jnp.broadcast_to(self.queries[...].astype(image.dtype), (len(tokens), *self.queries.shape))
+        if chunk is not None:
+            parts["action"] = self.reader(*chunk).astype(image.dtype)
         return parts
 
     def layout(self, text: int, branches: tuple[str, ...]) -> Layout:
         """The sequence for instructions padded to `text` tokens."""
-        if self.queries is None and tuple(branches) != ("posterior",):
+        if self.queries is None and "prior" in branches:
             raise UserError("a policy with conditioning = 'tokens' has no prior branch; use conditioning = 'queries'")
+        if self.reader is None and "action" in branches:
+            raise UserError("this policy cannot read actions: set policy.read_actions = true")
         if text > self.facts.max_tokens:
             raise UserError(f"instructions of {text} tokens; this policy was made for at most {self.facts.max_tokens}")
         queries = 0 if self.queries is None else self.config.queries
-        return branched(self.vision.tokens, queries, text, self.facts.max_tokens, tuple(branches))
+        room = self.facts.max_tokens
+        return branched(self.vision.tokens, queries, text, room, tuple(branches), actions=self.config.chunk)
 
     def encode(
         self,
@@ -115,10 +136,14 @@ class Policy(nnx.Module):
         tokens: Int[Array, "B L"],
         token_mask: Bool[Array, "B L"],
         branches: tuple[str, ...] = ("posterior",),
+        chunk: Chunk | None = None,
     ) -> dict[str, Reading]:
-        """Read the sequence once; with both branches, packed after one shared image: [v | Q | l | l' | Q']."""
+        """Read the sequence once; several branches are packed after one shared image: [v | Q | l | l' | Q' | a | l''].
+
+        chunk: the actions that the branch "action" reads.
+        """
         layout = self.layout(tokens.shape[1], branches)
-        parts = self.embed(images, tokens)
+        parts = self.embed(images, tokens, chunk)
         sequence = jnp.concatenate([parts[span.kind] for span in layout.spans], 1)
         everything = jnp.ones((len(tokens), 1), bool)
         valid = jnp.concatenate(
@@ -130,8 +155,10 @@ class Policy(nnx.Module):
     def _reading(self, hidden, valid, layout: Layout, branch: str) -> Reading:
         text, before = layout[f"{branch}/text"], layout.predecessor(f"{branch}/text")
         predictors = jnp.concatenate([hidden[:, before : before + 1], hidden[:, text.start : text.stop - 1]], 1)
+        if branch == "action":
+            return Reading(hidden[:, layout["action/action"]], None, predictors)
         if self.queries is None:
-            return Reading(hidden, valid, predictors)
+            return Reading(hidden[:, : text.stop], valid[:, : text.stop], predictors)
         return Reading(hidden[:, layout[f"{branch}/query"]], None, predictors)
 
     def word_logits(self, predictors: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
