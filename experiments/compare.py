@@ -12,6 +12,8 @@ What is there already is kept: the same command goes on where it was stopped. La
 
 import dataclasses
 import json
+import shlex
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,7 +77,7 @@ def _train(config: TrainConfig, run_dir: Path) -> Path:
     if started and config.steps in Checkpoints(run_dir).steps:
         print(f"{config.arm}: {run_dir} is trained already")
         return run_dir
-    return train(config, run_dir, resume=started)
+    return train(config, run_dir, resume=started, resume_command=shlex.join(sys.orig_argv))
 
 
 def _save_results(run_dirs: Sequence[Path], workdir: Path) -> None:

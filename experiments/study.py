@@ -13,6 +13,8 @@ smaller one in the same directory. Layout:
 
 import dataclasses
 import json
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -106,7 +108,7 @@ def _run_cell(config: StudyConfig, cell: Cell, workdir: Path) -> None:
     run_dir = workdir / "runs" / cell.name
     started = run_dir.is_dir() and any(run_dir.iterdir())
     if not (started and arm.steps in Checkpoints(run_dir).steps):
-        train(arm, run_dir, resume=started)
+        train(arm, run_dir, resume=started, resume_command=shlex.join(sys.orig_argv))
     policy, contract, trained = load_policy(run_dir)
     world = dataclasses.replace(World.of(contract, trained.eval), bias=BiasConfig(cell.coupling, cell.rho))
     results = Evaluator(contract, trained.eval, world)(policy, cell.arm, arm.steps)

@@ -1,10 +1,13 @@
 """Every file in configs/ is complete: it resolves to the settings of the entry point that its text names."""
 
 import importlib
+import shlex
+import sys
 
 import pytest
 
 from configs.train import ARMS
+from experiments import compare
 from experiments.compare import CompareConfig
 from experiments.evaluate import EvaluateConfig
 from experiments.study import StudyConfig
@@ -51,3 +54,13 @@ def test_compared_arms_differ_in_the_objective_alone(name):
     )
     assert (first.policy.conditioning, second.policy.conditioning) == ("tokens", "queries")
     assert first.policy.keypoints == second.policy.keypoints and first.policy.trunk == second.policy.trunk
+
+
+def test_a_stopped_comparison_goes_on_by_the_same_command(tmp_path, monkeypatch):
+    """experiments.compare continues by itself: it has no --resume to advise."""
+    advised = []
+    monkeypatch.setattr(
+        compare, "train", lambda config, run_dir, resume, resume_command: advised.append(resume_command)
+    )
+    compare._train(TrainConfig(), tmp_path / "run")
+    assert advised == [shlex.join(sys.orig_argv)] and "--resume" not in advised[0]
