@@ -56,22 +56,28 @@ def main(argv: Sequence[str]) -> None:
 def run(config: CompareConfig, workdir: Path) -> Path:
     """Collects, trains, evaluates and reports; returns the report's path."""
     began = time.perf_counter()
-    dataset = dataset_path(workdir / "data", config.collect.dataset_name)
-    if dataset.exists():
-        print(f"demonstrations: {dataset} is there already")
-    else:
-        print(collect(config.collect, workdir / "data").summary())
+    dataset = collect_once(config.collect, workdir / "data")
     run_dirs = []
     for name, arm in config.arms.items():
         arm = dataclasses.replace(arm, arm=name, data=dataclasses.replace(arm.data, directory=str(dataset)))
-        run_dirs.append(_train(arm, workdir / name))
+        run_dirs.append(train_once(arm, workdir / name))
     report = evaluate_runs(run_dirs, {}, workdir / "report.html")
     _save_results(run_dirs, workdir)
     print(f"results: {workdir / 'results.json'}   ({(time.perf_counter() - began) / 60:.1f} min in all)")
     return report
 
 
-def _train(config: TrainConfig, run_dir: Path) -> Path:
+def collect_once(config: CollectConfig, directory: Path) -> Path:
+    """The path of the demonstrations, which are collected where they are not there yet."""
+    dataset = dataset_path(directory, config.dataset_name)
+    if dataset.exists():
+        print(f"demonstrations: {dataset} is there already")
+    else:
+        print(collect(config, directory).summary())
+    return dataset
+
+
+def train_once(config: TrainConfig, run_dir: Path) -> Path:
     """Trains one arm, or goes on with it; a finished one is left as it is."""
     started = run_dir.is_dir() and any(run_dir.iterdir())
     if started and config.steps in Checkpoints(run_dir).steps:

@@ -13,24 +13,22 @@ smaller one in the same directory. Layout:
 
 import dataclasses
 import json
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.compare import collect_once, train_once
 from vla_jax import config as configuration
-from vla_jax.data.rlds import dataset_path
 from vla_jax.envs.bias import BiasConfig
-from vla_jax.envs.collect import CollectConfig, collect
+from vla_jax.envs.collect import CollectConfig
 from vla_jax.errors import UserError
 from vla_jax.evaluation.evaluate import Evaluator, World
 from vla_jax.evaluation.report import require_extra
 from vla_jax.evaluation.results import write_atomically
 from vla_jax.evaluation.study import Cell, comparisons, figure, load_cells, markdown, save_cell, table
 from vla_jax.platform import setup_compilation_cache
-from vla_jax.training.checkpoints import Checkpoints, load_policy
+from vla_jax.training.checkpoints import load_policy
 from vla_jax.training.train_config import TrainConfig
-from vla_jax.training.trainer import provenance, train
+from vla_jax.training.trainer import provenance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,26 +99,16 @@ def run(config: StudyConfig, workdir: Path) -> None:
 def _run_cell(config: StudyConfig, cell: Cell, workdir: Path) -> None:
     rho = 1.0 if cell.arm in config.unbiased else cell.rho
     bias = dataclasses.replace(config.collect.bias, coupling=cell.coupling, rho=rho)
-    dataset = _demonstrations(dataclasses.replace(config.collect, bias=bias), workdir)
+    directory = workdir / "data" / f"{cell.coupling}-rho{rho:g}"
+    dataset = collect_once(dataclasses.replace(config.collect, bias=bias), directory)
     arm = config.arms[cell.arm]
     data = dataclasses.replace(arm.data, directory=str(dataset), seed=cell.seed)
     arm = dataclasses.replace(arm, arm=cell.arm, seed=cell.seed, data=data)
-    run_dir = workdir / "runs" / cell.name
-    started = run_dir.is_dir() and any(run_dir.iterdir())
-    if not (started and arm.steps in Checkpoints(run_dir).steps):
-        train(arm, run_dir, resume=started, resume_command=shlex.join(sys.orig_argv))
+    run_dir = train_once(arm, workdir / "runs" / cell.name)
     policy, contract, trained = load_policy(run_dir)
     world = dataclasses.replace(World.of(contract, trained.eval), bias=BiasConfig(cell.coupling, cell.rho))
     results = Evaluator(contract, trained.eval, world)(policy, cell.arm, arm.steps)
     save_cell(workdir / "results", cell, results, provenance(contract))
-
-
-def _demonstrations(config: CollectConfig, workdir: Path) -> Path:
-    directory = workdir / "data" / f"{config.bias.coupling}-rho{config.bias.rho:g}"
-    path = dataset_path(directory, config.dataset_name)
-    if not path.exists():
-        print(collect(config, directory).summary())
-    return path
 
 
 def write_summary(workdir: Path, reference: str) -> None:

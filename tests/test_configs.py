@@ -62,5 +62,5 @@ def test_a_stopped_comparison_goes_on_by_the_same_command(tmp_path, monkeypatch)
     monkeypatch.setattr(
         compare, "train", lambda config, run_dir, resume, resume_command: advised.append(resume_command)
     )
-    compare._train(TrainConfig(), tmp_path / "run")
+    compare.train_once(TrainConfig(), tmp_path / "run")
     assert advised == [shlex.join(sys.orig_argv)] and "--resume" not in advised[0]

@@ -116,7 +116,7 @@ def test_a_study_grows_cell_by_cell(runs, tmp_path, monkeypatch):
     marks = {result.cell.arm: result.fingerprints for result in load_cells(tmp_path / "results")}
     assert marks["a"] == marks["b"], "both met the scenes of rho = 0.5"
     assert (tmp_path / "study.png").is_file() and "### uniqueness, ρ = 0.5" in (tmp_path / "study.md").read_text()
-    monkeypatch.delattr("experiments.study.train")
+    monkeypatch.delattr("experiments.study.train_once")
     study(config, tmp_path)
     assert json.loads((tmp_path / "study.json").read_text()) == first
 

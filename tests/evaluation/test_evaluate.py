@@ -55,7 +55,7 @@ class Drift(nnx.Module):
     def __init__(self, speed):
         self.speed = nnx.Param(np.float32(speed))
 
-    def act(self, observation, tokens, token_mask, key, steps):
+    def act(self, observation, tokens, token_mask, key, steps, guidance=None):
         batch = len(tokens)
         seen = observation["images"]["front"].astype(np.float32).mean((1, 2, 3)) * 1e-9
         along = self.speed[...] * (1 + token_mask.any(1)) + seen
@@ -150,7 +150,7 @@ class ExpertTable(Tabletop):
 
 
 class Idle(nnx.Module):
-    def act(self, observation, tokens, token_mask, key, steps):
+    def act(self, observation, tokens, token_mask, key, steps, guidance=None):
         return jax.numpy.zeros((len(tokens), 1, 5))
 
 

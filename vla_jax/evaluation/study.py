@@ -5,7 +5,6 @@ A *cell* is one training and its evaluation; a file holds each, so that a table 
 
 import dataclasses
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -166,7 +165,7 @@ def figure(results: Sequence[CellResult], splits: Sequence[str] = ("in_distribut
                     axis.plot(x, [row["rate"] for row in points], "-", color=f"C{index}", label=arm)
                     for row in points:
                         axis.plot([row["rho"]] * row["seeds"], row["by_seed"], ".", color=f"C{index}")
-            axis.set(xlabel="ρ", ylim=(-0.02, 1.02), title=f"{_spaced(split)} ({coupling})", xscale="symlog")
+            axis.set(xlabel="ρ", ylim=(-0.02, 1.02), title=f"{_spaced(split)} ({coupling})")
             axis.set_xscale("symlog", linthresh=0.01)
         line[0].set_ylabel("success")
     panels[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -186,7 +185,7 @@ def _cell(row: dict[str, Any] | None, gap: dict[str, Any] | None) -> str:
     spread = "" if row["deviation"] is None else f" ± {100 * row['deviation']:.1f}"
     stick = "" if row["stick"] is None else f" [{100 * row['stick']:.0f}]"
     text = f"{100 * row['rate']:.1f}{spread}{stick}"
-    if gap is None or math.isnan(gap["difference"]):
+    if gap is None:
         return text
     sure = "\\*" if gap["p_holm"] < 0.05 else ""
     points, low, high = (100 * gap[name] for name in ("difference", "low", "high"))

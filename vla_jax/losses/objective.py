@@ -86,10 +86,10 @@ def objective(
     """
     tokens, mask = batch["tokens"], batch["token_mask"]
     actions = policy.normalizer.normalize_action(batch["actions"])
-    flow_key, reader_key, aim_key = key, jax.random.fold_in(key, 1), jax.random.fold_in(key, 2)
+    *flow_keys, reader_key, aim_key = jax.random.split(key, 5)
     chunk = recorded_chunk(actions, reader_key, config.reader_noise) if config.reader_weight else None
     readings = policy.encode(batch["images"], tokens, mask, config.branches, chunk)
-    terms = _flow_terms(policy, readings, batch, flow_key, config)
+    terms = _flow_terms(policy, readings, batch, actions, flow_keys, config)
     if config.llr_weight:
         prior, posterior = (policy.word_logits(readings[name].predictors) for name in ("prior", "posterior"))
         llr, gate_state = log_likelihood_ratio(
@@ -116,11 +116,19 @@ def objective(
 
 
 def _flow_terms(
-    policy: Policy, readings: dict[str, Reading], batch: dict[str, Any], key: PRNGKeyArray, config: LossConfig
+    policy: Policy,
+    readings: dict[str, Reading],
+    batch: dict[str, Any],
+    actions: Float[Array, "B C A"],
+    keys: list[PRNGKeyArray],
+    config: LossConfig,
 ) -> dict[str, Term]:
-    """Flow matching under each branch that has a weight: one call of the expert for all, with independent noise."""
-    posterior_key, prior_key, dropout_key = jax.random.split(key, 3)
-    actions, mask = policy.normalizer.normalize_action(batch["actions"]), batch["action_mask"]
+    """Flow matching under each branch that has a weight: one call of the expert for all, with independent noise.
+
+    actions: in model units. keys: of the posterior's noise, the prior's, and dropout.
+    """
+    posterior_key, prior_key, dropout_key = keys
+    mask = batch["action_mask"]
     shape = (len(actions), config.noise_draws, *actions.shape[1:])
     conditions = [policy.condition(readings["posterior"], batch["state"])]
     draws = [draw(posterior_key, shape)]
