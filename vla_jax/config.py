@@ -30,6 +30,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vla_jax.errors import UserError
+from vla_jax.platform import keep_freed_memory
 from vla_jax.schema import (
     dataclass_in,
     diff,
@@ -161,6 +162,7 @@ def override(config: ConfigDict, key: str, text: str, schema: type | None = None
 
 def run_entry(main: Callable[[Sequence[str]], Any]) -> None:
     """Runs an entry point: a UserError is one line and status 2, Ctrl-C is 130; bugs keep their traceback."""
+    keep_freed_memory()
     try:
         main(sys.argv[1:])
     except UserError as error:

@@ -20,7 +20,7 @@ from vla_jax.data.contract import Contract, compute_contract
 from vla_jax.data.episode import Episode
 from vla_jax.data.interface import Interface
 from vla_jax.data.rlds import dataset_path, refuse_existing, write_rlds
-from vla_jax.envs import control, language
+from vla_jax.envs import control, language, questions
 from vla_jax.envs.bias import BiasConfig, command_distribution, entropy, target_entropy
 from vla_jax.envs.demonstrate import Demonstrations, demonstrate
 from vla_jax.envs.env import EnvConfig, Tabletop
@@ -136,7 +136,8 @@ def collect(config: CollectConfig, workdir: str | Path, progress: bool = True) -
 
 
 def interface_of(env: EnvConfig) -> Interface:
-    """Names, units and sizes of what a Tabletop shows and takes, with a tokenizer for everything that may be said."""
+    """Names, units and sizes of what a Tabletop shows and takes, with a tokenizer for everything that may be
+    said, asked and answered."""
     return Interface(
         embodiment=env.embodiment,
         control_hz=float(control.CONTROL_HZ),
@@ -147,7 +148,7 @@ def interface_of(env: EnvConfig) -> Interface:
         state_names=control.STATE_NAMES,
         state_units=control.STATE_UNITS,
         max_tokens=language.MAX_WORDS,
-        tokenizer=tokenizers.to_json(tokenizers.train_tokenizer(language.sentences())),
+        tokenizer=tokenizers.to_json(tokenizers.train_tokenizer((*language.sentences(), *questions.sentences()))),
     )
 
 

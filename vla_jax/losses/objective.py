@@ -11,7 +11,8 @@
 | + LLR | "queries" | 0 | 0.1 |
 | full | "queries" | 0.3 | 0.1 |
 
-Beyond the paper: the information between action and instruction that its Eq. 4 is about (`losses.information`).
+Beyond the paper: the information between action and instruction that its Eq. 4 is about (`losses.information`), weights
+that break the tie between picture and instruction (`losses.balance`), questions about the picture (`losses.questions`).
 
 Axes: B batch, R noise draws of one sample, L instruction length, C chunk length, A action width.
 """
@@ -27,10 +28,12 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vla_jax.errors import UserError
+from vla_jax.losses.balance import balance_weights, effective_share
 from vla_jax.losses.flow_matching import Draw, draw, flow_matching
 from vla_jax.losses.information import likelihoods, predicted_chunk, read_back, recorded_chunk
 from vla_jax.losses.language import mean_over_tokens
 from vla_jax.losses.llr import GateState, log_likelihood_ratio
+from vla_jax.losses.questions import question_terms
 from vla_jax.losses.term import Term, term
 from vla_jax.models.expert import Condition
 from vla_jax.models.policy import Policy, Reading
@@ -40,14 +43,18 @@ from vla_jax.models.policy import Policy, Reading
 class LossConfig:
     """Weights and options of the terms; one that is 0 leaves its term out.
 
+    demonstrations: learn from them; False leaves the questions alone.
     prior_weight: lambda. llr_weight: beta. language_weight: gamma, of -log p(l | v) in the posterior ordering.
     detach_prior: keep the gradient of FM(prior) inside the expert. hard_tokens, gate: see `log_likelihood_ratio`.
     reader_weight: of -log p(l | a, v), which teaches the trunk to read the instruction off recorded actions (see
         `losses.information`; the policy needs `read_actions`). reader_noise: at points x_t of the flow, not clean.
     pmi_weight: of log p(l | a, v) - log p(l | v) of the actions at which the policy aims, a mean over tokens.
+    balance: exponent of the weights p(l) / p(l | v) of the flow-matching terms (see `losses.balance`); 0 is none.
+    question_weight: of -log p(answer | picture, question) of the batch's questions, a mean over tokens.
     noise_draws: R, noise and time draws of each sample.
     """
 
+    demonstrations: bool = True
     prior_weight: float = 0.3
     llr_weight: float = 0.1
     language_weight: float = 0.0
@@ -57,6 +64,8 @@ class LossConfig:
     reader_weight: float = 0.0
     reader_noise: bool = False
     pmi_weight: float = 0.0
+    balance: float = 0.0
+    question_weight: float = 0.0
     noise_draws: int = 4
 
     def __post_init__(self):
@@ -64,16 +73,30 @@ class LossConfig:
             raise UserError(f"loss.prior_weight must lie in [0, 1], got {self.prior_weight}")
         if self.noise_draws < 1 or self.hard_tokens < 0:
             raise UserError("loss.noise_draws must be at least 1 and loss.hard_tokens at least 0")
-        if self.reader_weight and not self.language_weight:
-            raise UserError("loss.reader_weight needs loss.language_weight: log p(l | v) has to be learned as well")
+        for name in ("reader_weight", "balance"):
+            if getattr(self, name) and not self.language_weight:
+                raise UserError(f"loss.{name} needs loss.language_weight: log p(l | v) has to be learned as well")
+        if not self.demonstrations and not self.question_weight:
+            raise UserError("loss.demonstrations is off and loss.question_weight is 0: there is nothing to learn")
         if self.pmi_weight and not self.reader_weight:
             raise UserError("loss.pmi_weight needs loss.reader_weight: somebody has to learn to read actions")
 
     @property
+    def likelihoods(self) -> tuple[str, ...]:
+        """The branches in which the likelihood of the instruction is learned, besides those of the LLR."""
+        wanted = {"posterior": self.language_weight, "action": self.reader_weight, "words": self.balance}
+        return tuple(name for name, weight in wanted.items() if weight)
+
+    @property
     def branches(self) -> tuple[str, ...]:
         """The branches that this objective has to read."""
-        prior = ("prior",) if self.prior_weight or self.llr_weight else ()
-        return (*prior, "posterior", "action") if self.reader_weight else (*prior, "posterior")
+        wanted = {
+            "prior": self.prior_weight or self.llr_weight,
+            "posterior": True,
+            "action": self.reader_weight,
+            "words": self.balance,
+        }
+        return tuple(name for name, weight in wanted.items() if weight)
 
 
 def objective(
@@ -82,14 +105,32 @@ def objective(
     """The scalar to minimise, every term of it, and the new gate state.
 
     batch: images uint8[B, H, W, 3] by view, state float32[B, F] and actions float32[B, C, A] in SI units, action_mask
-    bool[B, C], tokens int32[B, L], token_mask bool[B, L]. The loss is the sum of weight x value over the terms.
+    bool[B, C], tokens int32[B, L], token_mask bool[B, L], and, where they have a weight, "questions" (see
+    `losses.questions`). The loss is the sum of weight x value over the terms.
     """
+    terms: dict[str, Term] = {}
+    if config.demonstrations:
+        terms, gate_state = _demonstration_terms(policy, batch, key, config, gate_state)
+    if config.question_weight:
+        terms |= question_terms(policy, batch["questions"], config.question_weight)
+    loss = sum(part.weight * part.value for part in terms.values() if part.weight)
+    return loss, (terms, gate_state)
+
+
+def _demonstration_terms(
+    policy: Policy, batch: dict[str, Any], key: PRNGKeyArray, config: LossConfig, gate_state: GateState
+) -> tuple[dict[str, Term], GateState]:
+    """Every term that demonstrations carry, and the new gate state."""
     tokens, mask = batch["tokens"], batch["token_mask"]
     actions = policy.normalizer.normalize_action(batch["actions"])
     *flow_keys, reader_key, aim_key = jax.random.split(key, 5)
     chunk = recorded_chunk(actions, reader_key, config.reader_noise) if config.reader_weight else None
     readings = policy.encode(batch["images"], tokens, mask, config.branches, chunk)
-    terms = _flow_terms(policy, readings, batch, actions, flow_keys, config)
+    log_p = {name: likelihoods(policy, readings[name], tokens) for name in config.likelihoods}
+    weights = jnp.ones(len(tokens))
+    if config.balance:
+        weights = balance_weights(log_p["posterior"], log_p["words"], mask, config.balance)
+    terms = _flow_terms(policy, readings, batch, actions, weights, flow_keys, config)
     if config.llr_weight:
         prior, posterior = (policy.word_logits(readings[name].predictors) for name in ("prior", "posterior"))
         llr, gate_state = log_likelihood_ratio(
@@ -99,20 +140,24 @@ def objective(
         terms["llr_prior"] = term(llr.prior, llr.carried)
         terms["llr_posterior"] = term(llr.posterior, llr.carried)
         terms["llr_gate"] = term(llr.gate, llr.carried)
-    if config.language_weight:
-        plain = likelihoods(policy, readings["posterior"], tokens)
-        terms["language"] = term(-mean_over_tokens(plain, mask), mask.any(-1), config.language_weight)
+    for branch, name, weight in (
+        ("posterior", "language", config.language_weight),
+        ("words", "words", config.language_weight),
+        ("action", "reader", config.reader_weight),
+    ):
+        if branch in log_p:
+            terms[name] = term(-mean_over_tokens(log_p[branch], mask), mask.any(-1), weight)
+    if config.balance:
+        terms["effective_share"] = Term(effective_share(weights), jnp.float32(1.0))
     if config.reader_weight:
-        read = likelihoods(policy, readings["action"], tokens)
-        terms["reader"] = term(-mean_over_tokens(read, mask), mask.any(-1), config.reader_weight)
-        terms["information"] = term(jnp.where(mask, read - plain, 0.0).sum(-1), mask.any(-1))  # nats an instruction
+        gained = jnp.where(mask, log_p["action"] - log_p["posterior"], 0.0).sum(-1)
+        terms["information"] = term(gained, mask.any(-1))  # nats an instruction
     if config.pmi_weight:
         condition = policy.condition(readings["posterior"], batch["state"])
         aimed = read_back(policy, predicted_chunk(policy, condition, actions, aim_key), batch, mask)
-        ratio = mean_over_tokens(aimed - lax.stop_gradient(plain), mask)
+        ratio = mean_over_tokens(aimed - lax.stop_gradient(log_p["posterior"]), mask)
         terms["pmi"] = term(ratio, mask.any(-1), -config.pmi_weight)
-    loss = sum(part.weight * part.value for part in terms.values() if part.weight)
-    return loss, (terms, gate_state)
+    return terms, gate_state
 
 
 def _flow_terms(
@@ -120,25 +165,27 @@ def _flow_terms(
     readings: dict[str, Reading],
     batch: dict[str, Any],
     actions: Float[Array, "B C A"],
+    weights: Float[Array, " B"],
     keys: list[PRNGKeyArray],
     config: LossConfig,
 ) -> dict[str, Term]:
     """Flow matching under each branch that has a weight: one call of the expert for all, with independent noise.
 
-    actions: in model units. keys: of the posterior's noise, the prior's, and dropout.
+    actions: in model units. weights: of the samples, with mean 1. keys: of the posterior's noise, the prior's, and
+    dropout.
     """
     posterior_key, prior_key, dropout_key = keys
     mask = batch["action_mask"]
     shape = (len(actions), config.noise_draws, *actions.shape[1:])
     conditions = [policy.condition(readings["posterior"], batch["state"])]
     draws = [draw(posterior_key, shape)]
-    weights = {"fm_posterior": 1 - config.prior_weight}
+    shares = {"fm_posterior": 1 - config.prior_weight}
     if config.prior_weight:
         prior = policy.condition(readings["prior"], batch["state"])
         conditions.append(prior._replace(context=lax.stop_gradient(prior.context)) if config.detach_prior else prior)
         draws.append(draw(prior_key, shape))
-        weights["fm_prior"] = config.prior_weight
-    count = len(weights)
+        shares["fm_prior"] = config.prior_weight
+    count = len(shares)
     condition: Condition = jax.tree.map(lambda *parts: jnp.concatenate(parts), *conditions)
     drawn: Draw = jax.tree.map(lambda *parts: jnp.concatenate(parts), *draws)
     errors = flow_matching(
@@ -149,6 +196,6 @@ def _flow_terms(
     )
     carried = mask.any(-1)
     return {
-        name: term(error, carried, weight)
-        for (name, weight), error in zip(weights.items(), jnp.split(errors, count), strict=True)
+        name: term(weights * error, carried, share)
+        for (name, share), error in zip(shares.items(), jnp.split(errors, count), strict=True)
     }

@@ -29,6 +29,8 @@ from vla_jax.models.vision import VisionConfig, VisionEncoder
 from vla_jax.sequence.layouts import branched
 from vla_jax.sequence.spans import Layout
 
+PAD_ID = 0  # of the tokenizer
+LANGUAGE_MODEL = ("vision", "words", "trunk")  # the parts that have nothing to do with actions
 # name: (module, the field of PolicyConfig that holds its settings)
 ENCODERS = {"vit": (VisionEncoder, "vision"), "keypoints": (KeypointEncoder, "keypoints")}
 
@@ -63,11 +65,11 @@ class Chunk(NamedTuple):
 class Reading(NamedTuple):
     """What the trunk made of one branch.
 
-    hidden: the states that condition the expert (in the action branch those of the actions, which condition nothing);
-    valid: which of them count (None: all).
+    hidden: the states that condition the expert (in the branches without queries, those of the instruction, which
+    condition nothing). valid: which of them count (None: all).
     predictors: the states from which the L instruction tokens are predicted, one place earlier each (for the first
     token that is the last query in the prior branch, the last image token in the posterior, the last action in the
-    action branch).
+    action branch, the start token in the words branch).
     """
 
     hidden: Float[Array, "B S D"]
@@ -114,6 +116,8 @@ class Policy(nnx.Module):
         parts = {"image": image, "text": self.words[...][tokens].astype(image.dtype)}
         if self.queries is not None:
             parts["query"] = jnp.broadcast_to(self.queries[...].astype(image.dtype), (len(tokens), *self.queries.shape))
+        # Padding's word is never read, so it can stand for the start.
+        parts["start"] = jnp.broadcast_to(self.words[PAD_ID].astype(image.dtype), (len(tokens), 1, image.shape[-1]))
         if chunk is not None:
             parts["action"] = self.reader(*chunk).astype(image.dtype)
         return parts
@@ -138,8 +142,9 @@ class Policy(nnx.Module):
         branches: tuple[str, ...] = ("posterior",),
         chunk: Chunk | None = None,
     ) -> dict[str, Reading]:
-        """Read the sequence once; several branches are packed after one shared image: [v | Q | l | l' | Q' | a | l''].
+        """Read the sequence once; several branches are packed after one shared image: [v | Q l | l Q | a l | s l].
 
+        branches: some of `sequence.layouts.BRANCHES`.
         chunk: the actions that the branch "action" reads.
         """
         layout = self.layout(tokens.shape[1], branches)
@@ -155,8 +160,8 @@ class Policy(nnx.Module):
     def _reading(self, hidden, valid, layout: Layout, branch: str) -> Reading:
         text, before = layout[f"{branch}/text"], layout.predecessor(f"{branch}/text")
         predictors = jnp.concatenate([hidden[:, before : before + 1], hidden[:, text.start : text.stop - 1]], 1)
-        if branch == "action":
-            return Reading(hidden[:, layout["action/action"]], None, predictors)
+        if branch in ("action", "words"):
+            return Reading(hidden[:, text], valid[:, text], predictors)
         if self.queries is None:
             return Reading(hidden[:, : text.stop], valid[:, : text.stop], predictors)
         return Reading(hidden[:, layout[f"{branch}/query"]], None, predictors)

@@ -28,6 +28,7 @@ class Span:
     length: number of tokens (static; padding inside it is a per-example mask, see `Layout`).
     segment: place in the causal order; a token sees the clean tokens of all lower segments.
     branch: SHARED, or the id of one of several alternatives that do not see each other.
+    blind: tokens do not see SHARED spans either, only their own branch.
     stream: CLEAN or NOISY; nobody outside its own segment sees a noisy token.
     bidirectional: tokens see their whole segment, not only what comes before them.
     siblings: group id; segments of the same group do not see each other. -1 is no group.
@@ -41,6 +42,7 @@ class Span:
     length: int
     segment: int
     branch: int = SHARED
+    blind: bool = False
     stream: int = CLEAN
     bidirectional: bool = False
     siblings: int = -1
@@ -54,12 +56,18 @@ class Span:
         if self.reserve is not None and self.reserve < self.length:
             raise UserError(f"span {self.name!r} has {self.length} tokens but only {self.reserve} reserved positions")
 
+    @property
+    def reach(self) -> tuple[int, ...]:
+        """The branches that the span can see."""
+        return (self.branch,) if self.blind else (SHARED, self.branch)
+
 
 class Sight(NamedTuple):
     """What the rule of sight needs to know of each token: integer (or boolean) vectors of one length."""
 
     segment: Int[Array, " T"]
     branch: Int[Array, " T"]
+    blind: Bool[Array, " T"]
     stream: Int[Array, " T"]
     position: Int[Array, " T"]
     bidirectional: Bool[Array, " T"]
@@ -69,12 +77,13 @@ class Sight(NamedTuple):
 def sees(query: Sight, key: Sight) -> Bool[Array, "T S"]:
     """The rule of sight: may query token q look at key token k?
 
-    A key in another branch than SHARED or the query's own is never seen. Otherwise q sees k when they share segment
+    A key in another branch than SHARED or the query's own is never seen, and a blind query sees its own only.
+    Otherwise q sees k when they share segment
     and stream and k does not come later (or the query's span is bidirectional), or when k is a clean token of a lower
     segment that is not a sibling of q's. Works on numpy and on jax arrays.
     """
     q, k = Sight(*(x[:, None] for x in query)), Sight(*(x[None, :] for x in key))
-    reachable = (k.branch == SHARED) | (k.branch == q.branch)
+    reachable = ((k.branch == SHARED) & ~q.blind) | (k.branch == q.branch)
     same = (q.segment == k.segment) & (q.stream == k.stream) & (q.bidirectional | (k.position <= q.position))
     before = (k.segment < q.segment) & (k.stream == CLEAN) & ~((q.siblings == k.siblings) & (q.siblings >= 0))
     return reachable & (same | before)
@@ -114,7 +123,7 @@ class Layout:
         starts: dict[str, int] = {}
         ends: list[tuple[int, int]] = []
         for span in self.spans:
-            follows = max((end for branch, end in ends if branch in (SHARED, span.branch)), default=0)
+            follows = max((end for branch, end in ends if branch in span.reach), default=0)
             starts[span.name] = starts[span.copies] if span.copies else follows
             ends.append((span.branch, starts[span.name] + (span.reserve or span.length)))
         return starts
@@ -134,6 +143,7 @@ class Layout:
         return Sight(
             segment=column("segment", np.int32),
             branch=column("branch", np.int32),
+            blind=column("blind", bool),
             stream=column("stream", np.int32),
             position=position,
             bidirectional=column("bidirectional", bool),
@@ -177,5 +187,4 @@ class Layout:
         branch can see."""
         span = next(span for span in self.spans if span.name == name)
         start = self[name].start
-        branch = self.sight.branch[:start]
-        return int(np.flatnonzero((branch == SHARED) | (branch == span.branch))[-1])
+        return int(np.flatnonzero(np.isin(self.sight.branch[:start], span.reach))[-1])

@@ -158,7 +158,7 @@ class Loop:
         values, shares = self._means.values(), self._watch.shares()
         per_step = self._watch.sum("data", "step") / self._means.steps
         values |= {f"time/{name}": share for name, share in shares.items()}
-        values["samples_per_second"] = self.config.data.batch_size / per_step
+        values["samples_per_second"] = self.config.samples / per_step
         self._writer.write("train", self.step, values)
         split = " ".join(f"{name} {shares.get(name, 0.0):.0%}" for name in ("data", "step", "eval", "save"))
         text = f"loss {values['loss']:.4f}  {split}  left {tqdm.format_interval(self._seconds_left(per_step))}"

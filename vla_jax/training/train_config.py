@@ -3,6 +3,7 @@
 import dataclasses
 
 from vla_jax.data.loader import DataConfig
+from vla_jax.envs.questions import QuestionConfig
 from vla_jax.errors import UserError
 from vla_jax.evaluation.evaluate import EvalConfig
 from vla_jax.losses.objective import LossConfig
@@ -21,7 +22,8 @@ class TrainConfig:
     """One training run.
 
     Attributes:
-        data, policy, loss, optimizer, eval: see there. `data.batch_size` is the global batch.
+        data, questions, policy, loss, optimizer, eval: see there. `data.batch_size` is the global batch.
+        init_from: a run from whose vision-language model (`models.policy.LANGUAGE_MODEL`) this one starts; empty: none.
         arm: name of the policy in tables.
         seed: of the first weights and of the noise; the order of the data has its own, `data.seed`.
         steps: updates.
@@ -33,10 +35,12 @@ class TrainConfig:
     """
 
     data: DataConfig = DataConfig()
+    questions: QuestionConfig = QuestionConfig()
     policy: PolicyConfig = PolicyConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     eval: EvalConfig = EvalConfig()
+    init_from: str = ""
     arm: str = "policy"
     seed: int = 0
     steps: int = 2000
@@ -54,8 +58,17 @@ class TrainConfig:
         for name in ("seed", "validate_every", "eval_every"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}: it must not be negative")
+        if bool(self.questions.batch_size) != bool(self.loss.question_weight):
+            raise UserError("questions.batch_size and loss.question_weight go together: set both, or neither")
+        if not self.loss.demonstrations and self.eval_every:
+            raise UserError("a run without demonstrations learns no actions to judge: set eval_every = 0")
         if self.data.chunk != self.policy.chunk:
             raise UserError(f"data.chunk is {self.data.chunk} and policy.chunk is {self.policy.chunk}: set both alike")
+
+    @property
+    def samples(self) -> int:
+        """Demonstration steps and questions in a training step, over all processes."""
+        return self.data.batch_size * self.loss.demonstrations + self.questions.batch_size
 
 
 def must_match_on_resume(key: str) -> bool:

@@ -13,23 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
 from tqdm import tqdm
 
 import vla_jax
 from vla_jax.config import diff, to_json
 from vla_jax.data.contract import Contract, compute_contract
 from vla_jax.data.loader import make_loader
+from vla_jax.envs.questions import Questioner, QuestionStream
 from vla_jax.errors import UserError
-from vla_jax.evaluation.evaluate import Evaluator, format_table
+from vla_jax.evaluation.evaluate import Evaluator, World, format_table
 from vla_jax.evaluation.results import save_results, write_atomically
 from vla_jax.losses.llr import initial_gate
 from vla_jax.losses.objective import objective
-from vla_jax.training.checkpoints import Checkpoints, contract_id, load_config, policy_maker
+from vla_jax.models.policy import LANGUAGE_MODEL
+from vla_jax.training.checkpoints import Checkpoints, contract_id, load_config, load_policy, policy_maker
 from vla_jax.training.loop import Loop, first, mean_losses
 from vla_jax.training.mesh import check_batch_size, make_mesh, place_batch, replicate
 from vla_jax.training.metrics import MetricsWriter, disk_space
 from vla_jax.training.optimizer import make_optimizer, make_schedule
-from vla_jax.training.state import TrainState, abstract, initial_state, trained_module
+from vla_jax.training.state import TrainState, abstract, flatten, initial_state, trained_module
 from vla_jax.training.step import make_step, make_validation
 from vla_jax.training.train_config import TrainConfig, must_match_on_resume
 
@@ -54,12 +58,14 @@ def train(config: TrainConfig, workdir: str | Path, resume: bool = False, resume
     check_batch_size(config.data.batch_size, mesh)
     contract = compute_contract(config.data.directory) if config.data.directory else _no_data()
     _check_run_dir(run_dir, config, contract, resume)
-    data = make_loader(config.data, contract, jax.process_index(), jax.process_count())
+    data = _make_data(config, contract, "train")
     graphdef, shapes, _ = abstract(policy_maker(config, contract))
     optimizer = make_optimizer(config.optimizer, config.steps, shapes)
     loss = functools.partial(_objective, config=config.loss)
     averaged = config.optimizer.ema_decay > 0
     state = initial_state(policy_maker(config, contract), optimizer, config.seed, initial_gate(), averaged)
+    if config.init_from and not resume:
+        state = start_from(config.init_from, state, contract)
     state = replicate(state, mesh)
     validate = _validation(config, contract, graphdef, loss, mesh)
     evaluate = _evaluation(config, contract, graphdef, run_dir)
@@ -136,16 +142,43 @@ def _restore(checkpoints: Checkpoints, state: TrainState, data: Any, resume: boo
     return state, meta
 
 
+def _make_data(config: TrainConfig, contract: Contract, split: str):
+    """The stream of batches that the objective needs: demonstrations, questions, or both."""
+    process, data = (jax.process_index(), jax.process_count()), None
+    if config.loss.demonstrations:
+        settings = config.data if split == "train" else dataclasses.replace(config.data, split=split, workers=0)
+        data = make_loader(settings, contract, *process)
+    if not config.questions.batch_size:
+        return data
+    world = World.of(contract, config.eval)
+    questioner = Questioner(contract, world.env, world.bias, world.scene, config.questions.seed, split == "held_out")
+    return QuestionStream(questioner, config.questions.batch_size, data, *process)
+
+
+def start_from(run_dir: str | Path, state: TrainState, contract: Contract) -> TrainState:
+    """The state with the vision-language model of another run (its averaged weights, where it keeps them).
+
+    Raises:
+        UserError: no such run, other words, or a model of another size.
+    """
+    policy, theirs, _ = load_policy(run_dir)
+    if theirs.tokenizer != contract.tokenizer:
+        raise UserError(f"the run {run_dir} speaks other words than the dataset: collect and train it again")
+    given = flatten(nnx.state(policy, nnx.Param))
+    taken = {path: leaf for path, leaf in state.params.items() if path.split("/")[0] in LANGUAGE_MODEL}
+    for path, leaf in taken.items():
+        if path not in given or given[path].shape != leaf.shape:
+            there = given[path].shape if path in given else "not there"
+            raise UserError(f"cannot start from {run_dir}: {path} is {leaf.shape} here and {there} in that run")
+    params = {**state.params, **{path: given[path] for path in taken}}
+    return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params) if state.ema else {})
+
+
 def _validation(config: TrainConfig, contract: Contract, graphdef, loss, mesh):
     """A function of the state that gives the mean losses on the same held-out batches with the same noise; or None."""
     if not config.validate_every:
         return None
-    held_out = make_loader(
-        dataclasses.replace(config.data, split="held_out", workers=0),
-        contract,
-        jax.process_index(),
-        jax.process_count(),
-    )
+    held_out = _make_data(config, contract, "held_out")
     batches = first(held_out, config.validation_batches)
     held_out.close()
     compiled, key = make_validation(graphdef, loss), jax.random.key(config.seed)
@@ -175,7 +208,7 @@ def _evaluation(config: TrainConfig, contract: Contract, graphdef, run_dir: Path
 
 def _describe(config: TrainConfig, contract: Contract, shapes: dict, run_dir: Path) -> None:
     count = sum(leaf.size for leaf in shapes.values())
-    print(f"{config.arm}: {count / 1e6:.2f} M parameters, {config.steps} steps of {config.data.batch_size} samples")
+    print(f"{config.arm}: {count / 1e6:.2f} M parameters, {config.steps} steps of {config.samples} samples")
     print(f"data: {contract.dataset} ({contract.fingerprint[:12]})   run: {run_dir}", flush=True)
 
 

@@ -1,0 +1,31 @@
+"""Stage 0: a language model that knows the table, before any action: captions, pointing, yes and no.
+
+python -m experiments.train --config=configs/grounding.py --config.data.directory=DATA --workdir=runs/grounding
+python -m experiments.train --config=configs/train.py:balanced --config.init_from=runs/grounding \\
+    --config.data.directory=DATA --workdir=runs/x
+
+DATA gives the words and the look of the table; its demonstrations are not read. The questions are those of
+`vla_jax.envs.questions`. What the run learns are the parts in `models.policy.LANGUAGE_MODEL`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Settings of experiments.train."""
+    return ConfigDict(
+        {
+            "arm": "grounding",
+            "steps": 6000,
+            "eval_every": 0,
+            "questions": {"batch_size": 64},
+            "policy": {"encoder": "keypoints", "keypoints": {"points": 32}, "trunk": {"depth": 2}, "views": ("front",)},
+            "loss": {
+                "demonstrations": False,
+                "prior_weight": 0.0,
+                "llr_weight": 0.0,
+                "question_weight": 1.0,
+            },
+            "optimizer": {"learning_rate": 3e-3, "warmup_steps": 200, "ema_decay": 0.999},
+        }
+    )

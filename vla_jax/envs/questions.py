@@ -1,0 +1,240 @@
+"""Questions about the table, with their answers: what a language model is taught before it acts, and must keep.
+
+    describe                                → a red cube a green ball and a blue cylinder    (from left to right)
+    where is the red cube                   → x12 y20                      (its place in the front picture)
+    what is at x12 y20                      → a red cube
+    is there a red cube                     → yes, no
+    is the red cube left of the green ball  → yes, no
+
+Scenes look as in demonstrations, but every object is asked about equally often: the answer follows from the words and
+the picture together, never from the look alone. A batch is a function of (world, seed, number).
+
+Axis legend: B questions, N object slots, R referents, L tokens, H x W picture.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from vla_jax.data import tokenizer as tokenizers
+from vla_jax.data.contract import Contract
+from vla_jax.envs import language
+from vla_jax.envs.bias import BiasConfig
+from vla_jax.envs.camera import project
+from vla_jax.envs.env import EnvConfig, Tabletop
+from vla_jax.envs.sampling import SceneConfig, sample_episode
+from vla_jax.envs.scene import COLORS, RELATION_VECTORS, RELATIONS, SHAPES, VIEWS, Scene
+from vla_jax.envs.views import cameras_of, observe_images
+from vla_jax.errors import UserError
+
+KINDS = ("describe", "where", "what", "exists", "relation")
+SHARES = (0.2, 0.4, 0.2, 0.1, 0.1)  # of the kinds
+BINS = 32  # places along each side of the picture
+RELATION_MARGIN = 0.03  # metres by which "left of" has to hold, or to fail
+_DOMAIN = 0x9E57  # folded into the seed's key, so that questions never meet the scenes of demonstrations or tests
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What is asked and what is answered, as words."""
+
+    kind: str
+    question: str
+    answer: str
+
+
+def name(color: int, shape: int) -> str:
+    """ "a red cube" """
+    return f"a {list(COLORS)[color]} {SHAPES[shape]}"
+
+
+def place(pixel: Float[np.ndarray, "2"]) -> str:
+    """The bin of a place in the picture, (column, row) from 0 to 1: "x12 y20"."""
+    column, row = np.clip(np.asarray(pixel) * BINS, 0, BINS - 1).astype(int)
+    return f"x{column} y{row}"
+
+
+@functools.cache
+def sentences() -> tuple[str, ...]:
+    """Sentences with every word of questions and answers."""
+    names = " ".join(name(color, shape) for color in range(len(COLORS)) for shape in range(len(SHAPES)))
+    places = " ".join(f"x{number} y{number}" for number in range(BINS))
+    relations = " ".join(RELATIONS)
+    return (f"describe {names} and", f"where is the {places}", "what is at", f"is there {relations} yes no")
+
+
+def ask(
+    kind: str,
+    scene: Scene,
+    fits: Bool[np.ndarray, "N R"],
+    pixels: Float[np.ndarray, "N 2"],
+    rng: np.random.Generator,
+) -> Question:
+    """One question of a kind about one scene (NumPy, no leading axis).
+
+    fits: `language.fitting_referents`. pixels: (column, row) of the objects in the front picture, from 0 to 1.
+    """
+    objects = np.flatnonzero(scene.present)
+    target = rng.choice(objects)
+    color, shape = scene.color, scene.shape
+    if kind == "describe":
+        *most, last = (name(color[slot], shape[slot]) for slot in objects[np.argsort(-scene.position[objects, 1])])
+        return Question(kind, "describe", f"{' '.join(most)} and {last}")
+    if kind == "where":
+        weights = np.asarray(language.REFERENT_WEIGHTS) * fits[target]
+        referent = rng.choice(len(weights), p=weights / weights.sum())
+        phrase = language.object_phrase(color[target], shape[target], referent)
+        return Question(kind, f"where is {phrase}", place(pixels[target]))
+    if kind == "what":
+        return Question(kind, f"what is at {place(pixels[target])}", name(color[target], shape[target]))
+    if kind == "exists":
+        return _ask_exists(scene, objects, target, rng)
+    return _ask_relation(scene, objects, target, rng)
+
+
+def _ask_exists(scene, objects, target, rng) -> Question:
+    """About an object that is there, or one that differs from it in colour or shape and is not."""
+    present = {(int(scene.color[slot]), int(scene.shape[slot])) for slot in objects}
+    pair = (int(scene.color[target]), int(scene.shape[target]))
+    there = bool(rng.integers(2))
+    if not there:
+        near = [(color, pair[1]) for color in range(len(COLORS))] + [(pair[0], shape) for shape in range(len(SHAPES))]
+        absent = [other for other in near if other not in present]
+        pair = absent[rng.integers(len(absent))]
+    return Question("exists", f"is there {name(*pair)}", "yes" if there else "no")
+
+
+def _ask_relation(scene, objects, target, rng) -> Question:
+    """About two objects of which the relation, or its opposite, clearly holds."""
+    other = rng.choice(objects[objects != target])
+    gap = scene.position[target] - scene.position[other]
+    along = np.asarray(RELATION_VECTORS) @ gap
+    clear = np.flatnonzero(np.abs(along) >= RELATION_MARGIN)
+    relation = rng.choice(clear)
+    first, second = (language.object_phrase(scene.color[slot], scene.shape[slot]) for slot in (target, other))
+    return Question("relation", f"is {first} {RELATIONS[relation]} {second}", "yes" if along[relation] > 0 else "no")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionConfig:
+    """Questions that go with every batch. batch_size: how many (0: none), over all processes. seed: of their stream."""
+
+    batch_size: int = 0
+    seed: int = 0
+
+    def __post_init__(self):
+        for field in ("batch_size", "seed"):
+            if getattr(self, field) < 0:
+                raise UserError(f"questions.{field} is {getattr(self, field)}: it must not be negative")
+
+
+class Questioner:
+    """Batches of questions about the scenes of one world, in the words of one contract.
+
+    held_out: of another stream, which no training with this seed meets.
+    """
+
+    def __init__(
+        self,
+        contract: Contract,
+        env: EnvConfig,
+        bias: BiasConfig,
+        scene: SceneConfig,
+        seed: int = 0,
+        held_out: bool = False,
+    ):
+        self._env, self._bias, self._scene = Tabletop(env), bias, scene
+        self._stream = (seed, int(held_out))
+        self._tokenizer, self._length = tokenizers.from_json(contract.tokenizer), contract.max_tokens
+
+    def __call__(self, number: int, rows: Int[np.ndarray, "B"]) -> dict[str, Any]:
+        """Some rows of batch `number`.
+
+        Returns:
+            images {view: uint8[B, H, W, 3]}, tokens int32[B, L] (question, then answer), token_mask bool[B, L],
+            answer_mask bool[B, L] (True on the answer), kind int32[B] (index into KINDS).
+        """
+        images, pixels, scene, fits = jax.device_get(self._draw(number, rows))
+        texts, lengths, kinds = [], [], []
+        for index, row in enumerate(rows):
+            rng = np.random.default_rng((*self._stream, number, row))
+            kinds.append(rng.choice(len(KINDS), p=SHARES))
+            asked = ask(KINDS[kinds[-1]], take(scene, index), fits[index], pixels[index], rng)
+            texts.append(f"{asked.question} {asked.answer}")
+            lengths.append(len(asked.question.split()))
+        tokens, mask = tokenizers.encode(self._tokenizer, texts, self._length)
+        answer = mask & (np.arange(self._length) >= np.array(lengths)[:, None])
+        kind = np.array(kinds, np.int32)
+        return {"images": images, "tokens": tokens, "token_mask": mask, "answer_mask": answer, "kind": kind}
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _draw(
+        self, number: Int[Array, ""], rows: Int[Array, "B"]
+    ) -> tuple[dict[str, UInt8[Array, "B H W 3"]], Float[Array, "B N 2"], Scene, Bool[Array, "B N R"]]:
+        root = jax.random.key(self._stream[0])
+        for part in (_DOMAIN, self._stream[1], number):
+            root = jax.random.fold_in(root, part)
+        draw = functools.partial(sample_episode, task_name=self._env.task.name, bias=self._bias, config=self._scene)
+        scene, command, cue = jax.vmap(lambda row: draw(jax.random.fold_in(root, row)))(rows)
+        state = self._env.reset(scene, command, cue)
+        cameras = cameras_of(self._env.model, state.bodies, scene)
+        front = jax.tree.map(lambda leaf: leaf[:, VIEWS.index("front")], cameras)
+        pixels, _ = jax.vmap(functools.partial(project, height=1, width=1))(front, state.bodies.object_position)
+        images = observe_images(self._env.model, state.bodies, scene, self._env.config.image_size)
+        return images, pixels, scene, language.fitting_referents(scene)
+
+
+def take(scene: Scene, index: int) -> Scene:
+    """One scene of a batch on the host."""
+    return jax.tree.map(lambda leaf: leaf[index], scene)
+
+
+class QuestionStream:
+    """A stream of batches with "questions" in them: those of `data` with questions added, or of questions alone.
+
+    It has the interface of `data.loader.Loader`; without `data`, "episode" and "step" name batch and row.
+    """
+
+    def __init__(self, ask: Questioner, batch_size: int, data: Any = None, process_index: int = 0, processes: int = 1):
+        self._data, self._taken, self._iterator = data, 0, None
+        rows = np.arange(batch_size)[process_index::processes]
+        self._batches = grain.MapDataset.range(2**31 - 1).map(lambda number: {"number": number, **ask(number, rows)})
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        if self._iterator is None:
+            options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+            self._iterator = iter(self._batches[self._taken :].to_iter_dataset(options))
+        questions = next(self._iterator)
+        number, count = questions.pop("number"), len(questions["kind"])
+        batch = (
+            next(self._data)
+            if self._data is not None
+            else {"episode": np.full(count, number), "step": np.arange(count)}
+        )
+        self._taken += 1
+        return {**batch, "questions": questions}
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, as a JSON-able dictionary."""
+        return {"questions": self._taken, "data": self._data.get_state() if self._data is not None else None}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a position of `get_state`."""
+        self.close()
+        self._taken = int(state["questions"])
+        if self._data is not None:
+            self._data.set_state(state["data"])
+
+    def close(self) -> None:
+        """Stops reading ahead."""
+        self._iterator = None
+        if self._data is not None:
+            self._data.close()
