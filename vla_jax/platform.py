@@ -4,7 +4,6 @@ import ctypes
 import os
 from pathlib import Path
 
-
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
 
 
@@ -27,8 +26,8 @@ def keep_freed_memory() -> None:
     """Makes the C library keep what a step frees for the next one, where the library is glibc; else nothing happens.
 
     XLA on a CPU allocates its temporary buffers anew for every call. Large ones glibc takes from the system and gives
-    back each time, and the system clears every page again: a third of a small policy's training step
-    (`benchmarks/memory.py`). Peak memory stays what it is; the process just does not shrink between steps.
+    back each time, and the system clears every page again, which takes a third of a small policy's training step
+    (docs/benchmarks.md). The process just does not shrink between steps.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

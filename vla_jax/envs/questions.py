@@ -148,7 +148,7 @@ class Questioner:
         seed: int = 0,
         held_out: bool = False,
     ):
-        self._env, self._bias, self._scene = Tabletop(env), bias, scene
+        self._world = (env, bias, scene)
         self._stream = (seed, int(held_out))
         self._tokenizer, self._length = tokenizers.from_json(contract.tokenizer), contract.max_tokens
 
@@ -159,7 +159,8 @@ class Questioner:
             images {view: uint8[B, H, W, 3]}, tokens int32[B, L] (question, then answer), token_mask bool[B, L],
             answer_mask bool[B, L] (True on the answer), kind int32[B] (index into KINDS).
         """
-        images, pixels, scene, fits = jax.device_get(self._draw(number, rows))
+        drawn = _draw(*self._world, np.array(self._stream), number, rows)
+        images, pixels, scene, fits = jax.device_get(drawn)
         texts, lengths, kinds = [], [], []
         for index, row in enumerate(rows):
             rng = np.random.default_rng((*self._stream, number, row))
@@ -172,21 +173,28 @@ class Questioner:
         kind = np.array(kinds, np.int32)
         return {"images": images, "tokens": tokens, "token_mask": mask, "answer_mask": answer, "kind": kind}
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def _draw(
-        self, number: Int[Array, ""], rows: Int[Array, "B"]
-    ) -> tuple[dict[str, UInt8[Array, "B H W 3"]], Float[Array, "B N 2"], Scene, Bool[Array, "B N R"]]:
-        root = jax.random.key(self._stream[0])
-        for part in (_DOMAIN, self._stream[1], number):
-            root = jax.random.fold_in(root, part)
-        draw = functools.partial(sample_episode, task_name=self._env.task.name, bias=self._bias, config=self._scene)
-        scene, command, cue = jax.vmap(lambda row: draw(jax.random.fold_in(root, row)))(rows)
-        state = self._env.reset(scene, command, cue)
-        cameras = cameras_of(self._env.model, state.bodies, scene)
-        front = jax.tree.map(lambda leaf: leaf[:, VIEWS.index("front")], cameras)
-        pixels, _ = jax.vmap(functools.partial(project, height=1, width=1))(front, state.bodies.object_position)
-        images = observe_images(self._env.model, state.bodies, scene, self._env.config.image_size)
-        return images, pixels, scene, language.fitting_referents(scene)
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _draw(
+    config: EnvConfig,
+    bias: BiasConfig,
+    scene_config: SceneConfig,
+    stream: Int[Array, "2"],
+    number: Int[Array, ""],
+    rows: Int[Array, "B"],
+) -> tuple[dict[str, UInt8[Array, "B H W 3"]], Float[Array, "B N 2"], Scene, Bool[Array, "B N R"]]:
+    """Pictures, the objects' places in the front one (from 0 to 1), scenes, and the names that fit their objects."""
+    env, root = Tabletop(config), jax.random.key(stream[0])
+    for part in (_DOMAIN, stream[1], number):
+        root = jax.random.fold_in(root, part)
+    draw = functools.partial(sample_episode, task_name=config.task, bias=bias, config=scene_config)
+    scene, command, cue = jax.vmap(lambda row: draw(jax.random.fold_in(root, row)))(rows)
+    state = env.reset(scene, command, cue)
+    cameras = cameras_of(env.model, state.bodies, scene)
+    front = jax.tree.map(lambda leaf: leaf[:, VIEWS.index("front")], cameras)
+    pixels, _ = jax.vmap(functools.partial(project, height=1, width=1))(front, state.bodies.object_position)
+    images = observe_images(env.model, state.bodies, scene, config.image_size)
+    return images, pixels, scene, language.fitting_referents(scene)
 
 
 def take(scene: Scene, index: int) -> Scene:
