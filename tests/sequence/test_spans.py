@@ -179,3 +179,22 @@ def test_mistakes_are_named(make, message):
 def test_an_unknown_span_is_named():
     with pytest.raises(KeyError, match="image"):
         branched(2, 2, 2, 2, ("prior",))["posterior/text"]
+
+
+def test_words_alone_see_neither_the_image_nor_another_branch():
+    layout = branched(image=2, queries=1, text=2, room=3, branches=("posterior", "words"))
+    assert [span.name for span in layout.spans][-2:] == ["words/start", "words/text"]
+    assert (
+        layout.mask
+        == drawn("""
+        #.......
+        ##......
+        ###.....
+        ####....
+        #####...
+        .....#..
+        .....##.
+        .....###""")
+    ).all()
+    assert list(layout.sight.position) == [0, 1, 2, 3, 5, 0, 1, 2], "a blind branch begins at the beginning"
+    assert layout.predecessor("words/text") == 5
