@@ -2,19 +2,31 @@
 
 python -m experiments.study --config=configs/studies/language_following.py --workdir=runs/language_following
 
-What is there already is kept: the same command goes on where it was stopped, and a larger study reuses the cells of a
-smaller one in the same directory. Layout:
+A cell is one training and its evaluation. On several accelerators each takes one cell after another, in a process of
+its own; --config.workers=N divides the cores of a machine without accelerators. --cell=NAME runs one cell alone.
+
+What is there already is kept: the same command goes on where it was stopped, a larger study reuses the cells of a
+smaller one in the same directory, and a command that is started twice there shares the work with itself. Layout:
 
     data/<coupling>-rho<rho>/   demonstrations
     runs/<cell>/                one training (see experiments.train)
     results/<cell>.json         the outcome of every scene: small, to be kept
+    logs/<cell>.log             what a worker printed
+    claims/                     empty files, locked by who is at it
     study.json, .md, .png       the table with differences to the first arm, and the figure
 """
 
 import dataclasses
+import io
 import json
-from collections.abc import Sequence
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Collection, Sequence
 from pathlib import Path
+
+from tqdm import tqdm
 
 from experiments.compare import collect_once, train_once
 from vla_jax import config as configuration
@@ -29,6 +41,7 @@ from vla_jax.platform import setup_compilation_cache
 from vla_jax.training.checkpoints import load_policy
 from vla_jax.training.train_config import TrainConfig
 from vla_jax.training.trainer import provenance
+from vla_jax.workers import Place, Workers, claim, places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +55,8 @@ class StudyConfig:
             what could be had from data without a shortcut.
         couplings, rhos: of the demonstrations and of the test scenes.
         seeds: trainings of each arm, numbered from 0.
+        workers: cells at a time, on an accelerator or a share of the cores each; 0 is one for each accelerator. With 1,
+            or 0 and no accelerators, cells run one after another in this process, with all of its devices.
     """
 
     collect: CollectConfig = CollectConfig()
@@ -50,6 +65,7 @@ class StudyConfig:
     couplings: tuple[str, ...] = ("uniqueness",)
     rhos: tuple[float, ...] = (0.1,)
     seeds: int = 3
+    workers: int = 0
 
     def __post_init__(self):
         if not self.arms:
@@ -58,6 +74,8 @@ class StudyConfig:
             raise UserError(f"unbiased names {unknown[0]!r}, which is none of the arms {', '.join(self.arms)}")
         if self.seeds < 1 or not self.couplings or not self.rhos:
             raise UserError("a study needs at least one seed, one coupling and one rho")
+        if self.workers < 0:
+            raise UserError(f"workers is {self.workers}: it must not be negative")
         for coupling in self.couplings:
             for rho in self.rhos:
                 BiasConfig(coupling, rho)
@@ -73,34 +91,109 @@ class StudyConfig:
         ]
 
 
+class Progress:
+    """How many cells have a result, and how long the rest takes at the pace since the start."""
+
+    def __init__(self, config: StudyConfig, workdir: Path):
+        self._results = [_result(workdir, cell) for cell in config.cells()]
+        self._before, self._began = self._done(), time.perf_counter()
+
+    def __str__(self) -> str:
+        done, total = self._done(), len(self._results)
+        text = f"{done} of {total} cells done"
+        if self._before < done < total:
+            seconds = (time.perf_counter() - self._began) / (done - self._before) * (total - done)
+            text += f", about {tqdm.format_interval(seconds)} left"
+        return text
+
+    def _done(self) -> int:
+        return sum(path.exists() for path in self._results)
+
+
 def main(argv: Sequence[str]) -> None:
     """Runs what is missing of a study; see the module's text."""
-    arguments = configuration.parse_args(argv, schema=StudyConfig)
+    arguments = configuration.parse_args(argv, schema=StudyConfig, options=("cell",))
     if arguments.workdir is None:
         raise UserError("no run directory: give one by --workdir=DIR")
     require_extra()
     setup_compilation_cache()
-    run(configuration.resolve(StudyConfig, arguments.config), Path(arguments.workdir))
+    config, workdir = configuration.resolve(StudyConfig, arguments.config), Path(arguments.workdir)
+    if arguments.flags["cell"] is not None:
+        run_cell(config, _named(config, arguments.flags["cell"]), workdir)
+        return
+    where = [] if config.workers == 1 else places(config.workers)
+    if len(where) > 1:
+        spread(config, workdir, where, [sys.executable, "-m", "experiments.study", *argv])
+    else:
+        run(config, workdir)
 
 
 def run(config: StudyConfig, workdir: Path) -> None:
-    """Trains and judges every cell that has no result yet, and writes the table after each."""
-    cells = config.cells()
-    for number, cell in enumerate(cells, start=1):
-        if (workdir / "results" / f"{cell.name}.json").exists():
-            continue
-        print(f"cell {number} of {len(cells)}: {cell.name}", flush=True)
-        _run_cell(config, cell, workdir)
-        write_summary(workdir, reference=next(iter(config.arms)))
-    write_summary(workdir, reference=next(iter(config.arms)))
-    print(f"table: {workdir / 'study.md'}   figure: {workdir / 'study.png'}")
+    """Trains and judges every cell that has no result yet, here and one after another; writes the table after each.
+
+    Raises:
+        UserError: cells failed; the others were run.
+    """
+    progress, failed = Progress(config, workdir), {}
+    while cell := _next(config, workdir, failed):
+        print(f"{progress}   next: {cell.name}", flush=True)
+        try:
+            run_cell(config, cell, workdir)
+        except Exception as error:
+            if isinstance(error, UserError):
+                print(f"error: {error}", file=sys.stderr)
+            else:
+                traceback.print_exc()
+            failed[cell.name] = "see above"
+        write_summary(config, workdir)
+    _finish(config, workdir, progress, failed)
 
 
-def _run_cell(config: StudyConfig, cell: Cell, workdir: Path) -> None:
+def spread(config: StudyConfig, workdir: Path, where: Sequence[Place], command: Sequence[str]) -> None:
+    """As `run`, with a process for each cell, one at a time in each place. command: this one, to run one cell with.
+
+    Raises:
+        UserError: cells failed; the others were run.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, when every process has saved.
+    """
+    progress, failed = Progress(config, workdir), {}
+    print(f"{progress}   {len(where)} workers, logs in {workdir / 'logs'}", flush=True)
+    with Workers(where) as workers:
+        while True:
+            while workers.free and not workers.stopped:
+                cell = _next(config, workdir, {*failed, *workers.running})
+                if cell is None:
+                    break
+                workers.start(cell.name, [*command, f"--cell={cell.name}"], _log(workdir, cell.name))
+            if not workers.running:
+                break
+            for name, status in workers.wait():
+                if status and not workers.stopped:
+                    failed[name] = f"see {_log(workdir, name)}"
+                print(f"{progress}   {name} ended{f' with status {status}' if status else ''}", flush=True)
+            write_summary(config, workdir)
+    if workers.stopped:
+        raise KeyboardInterrupt(f"stopped with {progress}; go on with: {shlex.join(command)}")
+    _finish(config, workdir, progress, failed)
+
+
+def run_cell(config: StudyConfig, cell: Cell, workdir: Path) -> None:
+    """Trains and judges one cell, unless it has a result or another process is at it."""
+    with claim(_claim(workdir, cell.name)) as mine:
+        if not mine:
+            print(f"{cell.name}: another process is at it")
+        elif _result(workdir, cell).exists():
+            print(f"{cell.name} has a result already")
+        else:
+            _run_claimed(config, cell, workdir)
+
+
+def _run_claimed(config: StudyConfig, cell: Cell, workdir: Path) -> None:
     rho = 1.0 if cell.arm in config.unbiased else cell.rho
     bias = dataclasses.replace(config.collect.bias, coupling=cell.coupling, rho=rho)
     directory = workdir / "data" / f"{cell.coupling}-rho{rho:g}"
-    dataset = collect_once(dataclasses.replace(config.collect, bias=bias), directory)
+    with claim(_claim(workdir, directory.name), wait=True):
+        dataset = collect_once(dataclasses.replace(config.collect, bias=bias), directory)
     arm = config.arms[cell.arm]
     data = dataclasses.replace(arm.data, directory=str(dataset), seed=cell.seed)
     arm = dataclasses.replace(arm, arm=cell.arm, seed=cell.seed, data=data)
@@ -111,13 +204,58 @@ def _run_cell(config: StudyConfig, cell: Cell, workdir: Path) -> None:
     save_cell(workdir / "results", cell, results, provenance(contract))
 
 
-def write_summary(workdir: Path, reference: str) -> None:
-    """study.json, study.md and study.png from the results that are there."""
-    results = load_cells(workdir / "results")
+def write_summary(config: StudyConfig, workdir: Path) -> None:
+    """study.json, study.md and study.png from the results that are there, if any."""
+    results, reference = load_cells(workdir / "results"), next(iter(config.arms))
+    if not results:
+        return
     values = {"rows": table(results), "comparisons": comparisons(results, reference)}
     write_atomically(workdir / "study.json", json.dumps(values, indent=1) + "\n")
     write_atomically(workdir / "study.md", markdown(results, reference))
-    figure(results).savefig(workdir / "study.png", dpi=120)
+    picture = io.BytesIO()
+    figure(results).savefig(picture, dpi=120)
+    write_atomically(workdir / "study.png", picture.getvalue())
+
+
+def _finish(config: StudyConfig, workdir: Path, progress: Progress, failed: dict[str, str]) -> None:
+    """The last summary and what became of the study. failed: where to look, by name of the cell."""
+    write_summary(config, workdir)
+    print(f"{progress}   table: {workdir / 'study.md'}   figure: {workdir / 'study.png'}")
+    elsewhere = [cell for cell in config.cells() if cell.name not in failed and not _result(workdir, cell).exists()]
+    if elsewhere:
+        print(f"{len(elsewhere)} cells are being run by another command")
+    if failed:
+        listed = "; ".join(f"{name} ({look})" for name, look in failed.items())
+        raise UserError(f"{len(failed)} of {len(config.cells())} cells failed: {listed}. The same command tries again")
+
+
+def _next(config: StudyConfig, workdir: Path, skip: Collection[str]) -> Cell | None:
+    """The first cell that has no result and that nobody is at."""
+    for cell in config.cells():
+        if cell.name not in skip and not _result(workdir, cell).exists():
+            with claim(_claim(workdir, cell.name)) as free:
+                if free:
+                    return cell
+    return None
+
+
+def _named(config: StudyConfig, name: str) -> Cell:
+    cells = {cell.name: cell for cell in config.cells()}
+    if name not in cells:
+        raise UserError(f"no cell '{name}' in this study{configuration.nearest(name, list(cells))}")
+    return cells[name]
+
+
+def _result(workdir: Path, cell: Cell) -> Path:
+    return workdir / "results" / f"{cell.name}.json"
+
+
+def _claim(workdir: Path, name: str) -> Path:
+    return workdir / "claims" / name
+
+
+def _log(workdir: Path, name: str) -> Path:
+    return workdir / "logs" / f"{name}.log"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -18,6 +20,7 @@ from experiments.study import run as study
 from vla_jax.analysis.imagine import Imagination
 from vla_jax.analysis.plots import plot_imagined
 from vla_jax.analysis.runs import compare_runs, load_run, sibling_runs, success_table
+from vla_jax.config import to_json
 from vla_jax.data.contract import Contract
 from vla_jax.data.loader import DataConfig
 from vla_jax.envs.collect import CollectConfig
@@ -119,6 +122,24 @@ def test_a_study_grows_cell_by_cell(runs, tmp_path, monkeypatch):
     monkeypatch.delattr("experiments.study.train_once")
     study(config, tmp_path)
     assert json.loads((tmp_path / "study.json").read_text()) == first
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a worker needs a core")
+def test_a_study_is_spread_over_workers(cache, tmp_path):
+    arm = dataclasses.replace(tiny_comparison().arms["full"], steps=3, checkpoint_every=3)
+    fails = dataclasses.replace(arm, data=dataclasses.replace(arm.data, held_out_fraction=0.999))
+    config = StudyConfig(tiny_comparison().collect, {"a": arm, "fails": fails, "b": arm}, rhos=(0.3,), seeds=1)
+    file = tmp_path / "config.py"
+    file.write_text(f"import json\n\n\ndef get_config():\n    return json.loads({to_json(config)!r})\n")
+    place, command = tmp_path / "study", [sys.executable, "-m", "experiments.study", f"--config={file}"]
+    command += [f"--workdir={tmp_path / 'study'}", "--config.rhos=(0.5,)", f"--config.workers={2}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "3 of 3 cells" not in done.stdout, done.stdout + done.stderr
+    assert f"1 of 3 cells failed: uniqueness-rho0.5-fails-seed0 (see {place}/logs/" in done.stderr
+    assert {row["arm"] for row in json.loads((place / "study.json").read_text())["rows"]} == {"a", "b"}
+    logs = {name: (place / "logs" / f"uniqueness-rho0.5-{name}-seed0.log").read_text() for name in config.arms}
+    assert "in the split 'train'" in logs["fails"]
+    assert sum("is there already" in log for log in logs.values()) == 2, "one worker collected for all"
 
 
 def test_evaluation_leaves_numbers_and_a_page(runs):
