@@ -9,6 +9,7 @@ What is there already is kept: the same command goes on where it was stopped, a 
 smaller one in the same directory, and a command that is started twice there shares the work with itself. Layout:
 
     data/<coupling>-rho<rho>/   demonstrations
+    grounding/<coupling>/       the language model that every training of a coupling starts from
     runs/<cell>/                one training (see experiments.train)
     results/<cell>.json         the outcome of every scene: small, to be kept
     logs/<cell>.log             what a worker printed
@@ -53,6 +54,8 @@ class StudyConfig:
         arms: trainings by name; the first is what the others are compared with.
         unbiased: names of arms that learn from as many demonstrations with rho = 1, and are judged like the others:
             what could be had from data without a shortcut.
+        grounding: a training on questions alone, once for each coupling, from whose language model every arm starts
+            that does not name another one by `init_from`; None: from scratch.
         couplings, rhos: of the demonstrations and of the test scenes.
         seeds: trainings of each arm, numbered from 0.
         workers: cells at a time, on an accelerator or a share of the cores each; 0 is one for each accelerator. With 1,
@@ -62,6 +65,7 @@ class StudyConfig:
     collect: CollectConfig = CollectConfig()
     arms: dict[str, TrainConfig] = dataclasses.field(default_factory=dict)
     unbiased: tuple[str, ...] = ()
+    grounding: TrainConfig | None = None
     couplings: tuple[str, ...] = ("uniqueness",)
     rhos: tuple[float, ...] = (0.1,)
     seeds: int = 3
@@ -196,12 +200,23 @@ def _run_claimed(config: StudyConfig, cell: Cell, workdir: Path) -> None:
         dataset = collect_once(dataclasses.replace(config.collect, bias=bias), directory)
     arm = config.arms[cell.arm]
     data = dataclasses.replace(arm.data, directory=str(dataset), seed=cell.seed)
-    arm = dataclasses.replace(arm, arm=cell.arm, seed=cell.seed, data=data)
+    start = arm.init_from or _ground(config, cell.coupling, dataset, workdir)
+    arm = dataclasses.replace(arm, arm=cell.arm, seed=cell.seed, data=data, init_from=start)
     run_dir = train_once(arm, workdir / "runs" / cell.name)
     policy, contract, trained = load_policy(run_dir)
     world = dataclasses.replace(World.of(contract, trained.eval), bias=BiasConfig(cell.coupling, cell.rho))
     results = Evaluator(contract, trained.eval, world)(policy, cell.arm, arm.steps)
     save_cell(workdir / "results", cell, results, provenance(contract))
+
+
+def _ground(config: StudyConfig, coupling: str, dataset: Path, workdir: Path) -> str:
+    """The run from which the arms of a coupling start, trained where it is not there yet; "" if there is to be none."""
+    if config.grounding is None:
+        return ""
+    # The data give its words and the look of its scenes alone, which are the same for every rho.
+    data = dataclasses.replace(config.grounding.data, directory=str(dataset))
+    with claim(_claim(workdir, f"grounding-{coupling}"), wait=True):
+        return str(train_once(dataclasses.replace(config.grounding, data=data), workdir / "grounding" / coupling))
 
 
 def write_summary(config: StudyConfig, workdir: Path) -> None:

@@ -151,3 +151,18 @@ def test_extrapolation_sharpens_towards_what_only_the_field_knows():
     ]
     assert abs(share[0] - 0.5) < 0.02 and abs(share[1] - 0.65) < 0.02
     assert share[2] > share[1] + 0.04 and share[3] > share[2] + 0.04
+
+
+@pytest.mark.parametrize("weight", [2.0, (2.0,), (2.0, 2.0, 2.0)])
+def test_a_constant_schedule_is_its_number(weight):
+    transform = extrapolate(lambda x, t: 0 * x + 1.0, weight)
+    moved = solve(lambda x, t: 0 * x + 4.0, jnp.zeros((1, 1, 1)), steps=6, transform=transform)
+    assert np.isclose(float(moved.squeeze()), 1 + 2 * (4 - 1))
+
+
+def test_a_schedule_is_followed_in_time():
+    """v_ref + w(t) (v - v_ref) with w = 2, then 0: the second half of the path is the reference's."""
+    transform = extrapolate(lambda x, t: 0 * x + 1.0, (2.0, 0.0))
+    seen = [float(transform.update(jnp.zeros((1, 1, 1)), jnp.full((1, 1, 1), 4.0), t, ())[1].squeeze()) for t in
+            (0.0, 0.25, 0.499, 0.5, 0.75, 1.0)]  # fmt: skip
+    assert seen == [7.0, 7.0, 7.0, 1.0, 1.0, 1.0]

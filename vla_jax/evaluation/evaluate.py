@@ -39,7 +39,8 @@ class EvalConfig:
         seed: of the scenes and of the policy's noise.
         execute: actions of a chunk that are executed before the policy looks again.
         sampler_steps: Euler steps from noise to actions.
-        guidance: w of v_prior + w (v_post - v_prior); None acts by the posterior branch alone (see `Policy.act`).
+        guidance: w of v_prior + w (v_post - v_prior), a number or one for each part of the flow's time (`extrapolate`);
+            None acts by the posterior branch alone (see `Policy.act`).
         batch: scenes in one call of the compiled program.
         videos: successes, and as many failures, that are filmed a split; 0 films none.
         engine: physics, see EnvConfig.
@@ -51,7 +52,7 @@ class EvalConfig:
     seed: int = 0
     execute: int = 4
     sampler_steps: int = 4
-    guidance: float | None = None
+    guidance: float | tuple[float, ...] | None = None
     batch: int = 100
     videos: int = 2
     engine: str = "auto"

@@ -128,7 +128,7 @@ def make_rollout(env, *, execute: int, ticks: int, sampler_steps: int, record: b
     """The compiled form: `run(graphdef, weights, trials, key, guidance)` with `graphdef, weights = nnx.split(policy)`.
 
     `graphdef` is static and compares by content: checkpoints of one architecture share one compilation per batch shape.
-    guidance: see `Policy.act`; None, or a number that may change without a compilation.
+    guidance: see `Policy.act`; None, or numbers that may change without a compilation.
     """
 
     def run(graphdef, weights, trials, key, guidance=None):
@@ -142,7 +142,13 @@ def make_rollout(env, *, execute: int, ticks: int, sampler_steps: int, record: b
 
 
 def in_batches(
-    run: Callable, graphdef, weights, trials: Trials, key: Key[Array, ""], batch: int, guidance: float | None = None
+    run: Callable,
+    graphdef,
+    weights,
+    trials: Trials,
+    key: Key[Array, ""],
+    batch: int,
+    guidance: float | tuple[float, ...] | None = None,
 ) -> Iterator:
     """Runs any number of trials through one fixed batch shape; yields numpy (Outcome, Recording) of the real ones.
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from vla_jax.errors import UserError
 from vla_jax.flow.solve import Field, Transform, identity, solve
-from vla_jax.flow.transforms import extrapolate
+from vla_jax.flow.transforms import Weight, extrapolate
 from vla_jax.models.actions import ActionReader
 from vla_jax.models.expert import ActionExpert, Condition, ExpertConfig
 from vla_jax.models.keypoints import KeypointConfig, KeypointEncoder
@@ -208,13 +208,13 @@ class Policy(nnx.Module):
         token_mask: Bool[Array, "B L"],
         key: PRNGKeyArray,
         steps: int = 4,
-        guidance: Float[Array, ""] | float | None = None,
+        guidance: Weight | None = None,
     ) -> Float[Array, "B C A"]:
         """A chunk of actions in SI units.
 
         observation: {"images": {view: uint8[B, H, W, 3]}, "state": float32[B, F] in SI units}.
         guidance: None acts by the posterior branch alone, as in the paper. A number w reads both branches in one packed
-            pass and follows v_prior + w (v_post - v_prior); it may be traced.
+            pass and follows v_prior + w (v_post - v_prior); it may be traced, and be a schedule (see `extrapolate`).
         """
         branches = ("posterior",) if guidance is None else ("prior", "posterior")
         readings = self.encode(observation["images"], tokens, token_mask, branches)

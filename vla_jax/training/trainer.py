@@ -64,7 +64,7 @@ def train(config: TrainConfig, workdir: str | Path, resume: bool = False, resume
     loss = functools.partial(_objective, config=config.loss)
     averaged = config.optimizer.ema_decay > 0
     state = initial_state(policy_maker(config, contract), optimizer, config.seed, initial_gate(), averaged)
-    if config.init_from and not resume:
+    if config.init_from:
         state = start_from(config.init_from, state, contract)
     state = replicate(state, mesh)
     validate = _validation(config, contract, graphdef, loss, mesh)
