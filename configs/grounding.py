@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "arm": "grounding",
-            "steps": 6000,
+            "steps": 8000,
             "eval_every": 0,
             "questions": {"batch_size": 64},
             "policy": {"encoder": "keypoints", "keypoints": {"points": 32}, "trunk": {"depth": 2}, "views": ("front",)},

@@ -11,7 +11,7 @@ smaller one in the same directory, and a command that is started twice there sha
     data/<coupling>-rho<rho>/   demonstrations
     grounding/<coupling>/       the language model that every training of a coupling starts from
     runs/<cell>/                one training (see experiments.train)
-    results/<cell>.json         the outcome of every scene: small, to be kept
+    results/<cell>.json         the outcome of every scene, and the measures of listening: small, to be kept
     logs/<cell>.log             what a worker printed
     claims/                     empty files, locked by who is at it
     study.json, .md, .png       the table with differences to the first arm, and the figure
@@ -34,10 +34,12 @@ from vla_jax import config as configuration
 from vla_jax.envs.bias import BiasConfig
 from vla_jax.envs.collect import CollectConfig
 from vla_jax.errors import UserError
+from vla_jax.evaluation import listening
 from vla_jax.evaluation.evaluate import Evaluator, World
 from vla_jax.evaluation.report import require_extra
 from vla_jax.evaluation.results import write_atomically
-from vla_jax.evaluation.study import Cell, comparisons, figure, load_cells, markdown, save_cell, table
+from vla_jax.evaluation.retention import answer_accuracy
+from vla_jax.evaluation.study import Cell, comparisons, figure, load_cells, markdown, measure_table, save_cell, table
 from vla_jax.platform import setup_compilation_cache
 from vla_jax.training.checkpoints import load_policy
 from vla_jax.training.train_config import TrainConfig
@@ -206,7 +208,9 @@ def _run_claimed(config: StudyConfig, cell: Cell, workdir: Path) -> None:
     policy, contract, trained = load_policy(run_dir)
     world = dataclasses.replace(World.of(contract, trained.eval), bias=BiasConfig(cell.coupling, cell.rho))
     results = Evaluator(contract, trained.eval, world)(policy, cell.arm, arm.steps)
-    save_cell(workdir / "results", cell, results, provenance(contract))
+    measures = listening.measure(policy, contract, trained.eval)
+    measures |= answer_accuracy(policy, contract, world)
+    save_cell(workdir / "results", cell, results, provenance(contract), measures)
 
 
 def _ground(config: StudyConfig, coupling: str, dataset: Path, workdir: Path) -> str:
@@ -225,6 +229,7 @@ def write_summary(config: StudyConfig, workdir: Path) -> None:
     if not results:
         return
     values = {"rows": table(results), "comparisons": comparisons(results, reference)}
+    values["measures"] = measure_table(results)
     write_atomically(workdir / "study.json", json.dumps(values, indent=1) + "\n")
     write_atomically(workdir / "study.md", markdown(results, reference))
     picture = io.BytesIO()

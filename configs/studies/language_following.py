@@ -2,7 +2,7 @@
 
 python -m experiments.study --config=configs/studies/language_following.py --workdir=runs/language_following
 
-The fast tier: one camera, 1000 steps of 32 samples. Stage 0, `configs/grounding.py`, comes first, once for each
+The fast tier: one camera, 3000 steps of 32 samples. Stage 0, `configs/grounding.py`, comes first, once for each
 coupling: without it there is no language ability to keep or forget, and binding words to objects takes longer to learn
 than aiming does.
 
@@ -25,11 +25,11 @@ def fast(name: str) -> ConfigDict:
     config = train.get_config(name)
     stage0 = grounding.get_config()
     config.policy.update(stage0.policy)
-    config.steps = config.checkpoint_every = 1000
+    config.steps = config.checkpoint_every = 3000
     config.eval_every = config.validate_every = 0
     config.data = {"batch_size": 32}
     config.loss.noise_draws = 2
-    config.optimizer = {"learning_rate": 2e-3, "ema_decay": 0.99}
+    config.optimizer = {"learning_rate": 3e-3, "ema_decay": 0.99}
     config.eval = {**config.get("eval", {}), "splits": SPLITS, "scenes": 200, "videos": 0}
     return config
 

@@ -16,7 +16,7 @@ from vla_jax.data.rlds import open_rlds
 from vla_jax.envs import collect as collecting
 from vla_jax.envs import commands, language, splits
 from vla_jax.envs.bias import BiasConfig, closed_form_entropy, command_distribution
-from vla_jax.envs.collect import CollectConfig, Tally, collect, instruction_entropy
+from vla_jax.envs.collect import CollectConfig, Tally, collect, instruction_entropy, instruction_log_probability
 from vla_jax.envs.control import proprioception
 from vla_jax.envs.env import EnvConfig, Tabletop
 from vla_jax.envs.sampling import sample_episode
@@ -148,6 +148,8 @@ def test_entropy_equals_that_of_all_sentences(task):
     for sentence, share in zip(language.instructions(task, scenes, said), shares, strict=True):
         law[sentence] += float(share)
     assert sum(law.values()) == pytest.approx(1, rel=1e-5)
+    log_probability = jax.vmap(lambda command: instruction_log_probability(task, scene, command, bias))
+    np.testing.assert_allclose(jax.jit(log_probability)(said), np.log(shares), rtol=1e-4)
     expected = -sum(p * math.log(p) for p in law.values())
     entropy = jax.jit(lambda scene: instruction_entropy(task, scene, bias))(scene)
     assert float(entropy) == pytest.approx(expected, rel=1e-4)

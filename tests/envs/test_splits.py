@@ -11,7 +11,7 @@ from vla_jax.envs.bias import BACKGROUND_PAIRS, HELD_OUT_PAIRS, BiasConfig
 from vla_jax.envs.commands import valid_commands
 from vla_jax.envs.sampling import sample_episode
 from vla_jax.envs.scene import COLORS, NUM_TRAIN_BACKGROUNDS, SHAPES, take
-from vla_jax.envs.splits import SPLITS, make_cases
+from vla_jax.envs.splits import SPLITS, make_alternatives, make_cases
 from vla_jax.errors import UserError
 
 BIAS = BiasConfig("background", 0.1)
@@ -148,3 +148,16 @@ def test_user_mistakes_are_told():
         make_cases("swapped", "pushing", BIAS, 0, 4)
     with pytest.raises(UserError, match="n = 0"):
         make_cases("swapped", "push", BIAS, 0, 0)
+
+
+def test_alternatives_are_one_command_for_every_target_of_the_scenes():
+    """Drawn over all goals and relations, in the training wordings."""
+    scene, commands = jax.tree.map(np.asarray, make_alternatives("place_relative", BIAS, 3, CASES))
+    jax.tree.map(np.testing.assert_array_equal, scene, cases("in_distribution")[0])
+    assert (commands.target == np.arange(3)).all()
+    for row, valid in enumerate(admitted("place_relative", scene)):
+        assert set(deeds(take_row(commands, row))) <= valid
+    assert set(commands.goal.ravel()) == {0, 1, 2} and set(commands.relation.ravel()) == {0, 1, 2, 3}
+    each = take(scene, np.repeat(np.arange(CASES), 3))
+    texts = language.instructions("place_relative", each, jax.tree.map(np.ravel, commands))
+    assert len(set(texts)) > 100 and commands.template.max() < len(language.TRAIN_TEMPLATES["place_relative"])

@@ -1,17 +1,13 @@
 """Judging policies on the real table, small."""
 
 import dataclasses
-import functools
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from vla_jax.data.contract import Contract
-from vla_jax.data.statistics import Statistics
 from vla_jax.envs.bias import BiasConfig
-from vla_jax.envs.collect import interface_of
 from vla_jax.envs.env import EnvConfig, Tabletop
 from vla_jax.envs.sampling import SceneConfig
 from vla_jax.envs.views import LOOK
@@ -24,29 +20,6 @@ ENV = EnvConfig(task="reach", image_size=16)
 CONFIG = EvalConfig(
     splits=("in_distribution", "swapped", "blank"), scenes=6, batch=5, execute=2, sampler_steps=1, videos=1, max_ticks=8
 )
-
-
-@functools.cache
-def interface_fields():
-    interface = interface_of(ENV)
-    return {field.name: getattr(interface, field.name) for field in dataclasses.fields(interface)}
-
-
-def make_contract(**facts):
-    low, high = (-0.05,) * 6, (0.05,) * 6
-
-    def statistics(width):
-        return Statistics(9, low[:width], high[:width], low[:width], high[:width], low[:width], high[:width])
-
-    facts = {"task": ENV.task, "coupling": "background", "rho": 0.1, "objects": 3, "look": LOOK, **facts}
-    return Contract(
-        **interface_fields(),
-        dataset="toy",
-        fingerprint="0",
-        facts=facts,
-        action_statistics=statistics(5),
-        state_statistics=statistics(6),
-    )
 
 
 class Drift(nnx.Module):
@@ -64,7 +37,7 @@ class Drift(nnx.Module):
 
 
 @pytest.fixture(scope="module")
-def evaluator():
+def evaluator(make_contract):
     return Evaluator(make_contract(), CONFIG)
 
 
@@ -92,7 +65,7 @@ def test_the_same_policy_gets_the_same_outcomes(evaluator, results):
     assert evaluator._run._cache_size() == 1
 
 
-def test_films_show_the_scenes_that_were_judged(evaluator, results):
+def test_films_show_the_scenes_that_were_judged(evaluator, results, make_contract):
     clips = evaluator.film(Drift(0.01), results)
     assert {clip.split for clip in clips} == set(CONFIG.splits)
     for clip in clips:
@@ -105,7 +78,7 @@ def test_films_show_the_scenes_that_were_judged(evaluator, results):
     assert silent.film(Drift(0.01), results) == []
 
 
-def test_a_world_that_does_not_fit_is_refused():
+def test_a_world_that_does_not_fit_is_refused(make_contract):
     world = World(dataclasses.replace(ENV, image_size=32), BiasConfig(), SceneConfig())
     with pytest.raises(UserError, match="images: expected"):
         Evaluator(make_contract(), CONFIG, world)
@@ -113,25 +86,25 @@ def test_a_world_that_does_not_fit_is_refused():
         Evaluator(make_contract(), CONFIG, dataclasses.replace(world, env=EnvConfig("panda", image_size=16)))
 
 
-def test_data_from_elsewhere_cannot_be_judged_on_the_table():
+def test_data_from_elsewhere_cannot_be_judged_on_the_table(make_contract):
     contract = make_contract()
     facts = {name: value for name, value in contract.facts.items() if name != "coupling"}
     with pytest.raises(UserError, match="does not say its coupling"):
         Evaluator(dataclasses.replace(contract, facts=facts), CONFIG)
 
 
-def test_pictures_of_another_look_are_refused():
+def test_pictures_of_another_look_are_refused(make_contract):
     with pytest.raises(UserError, match=f"drawn by look {LOOK + 1} of the table, this version draws look {LOOK}"):
         Evaluator(make_contract(look=LOOK + 1), CONFIG)
 
 
-def test_another_tasks_policy_is_refused(evaluator):
+def test_another_tasks_policy_is_refused(evaluator, make_contract):
     evaluator.check(make_contract(), "runs/b")
     with pytest.raises(UserError, match="runs/b was trained on task 'pick'"):
         evaluator.check(make_contract(task="pick"), "runs/b")
 
 
-def test_splits_and_counts_are_checked():
+def test_splits_and_counts_are_checked(make_contract):
     with pytest.raises(UserError, match="unknown split 'swaped'; did you mean 'swapped'"):
         Evaluator(make_contract(), dataclasses.replace(CONFIG, splits=("swaped",)))
     with pytest.raises(UserError, match="eval.scenes is 0"):
@@ -154,7 +127,7 @@ class Idle(nnx.Module):
         return jax.numpy.zeros((len(tokens), 1, 5))
 
 
-def test_the_expert_succeeds_through_the_same_program():
+def test_the_expert_succeeds_through_the_same_program(make_contract):
     config = EvalConfig(splits=("in_distribution", "swapped"), scenes=32)
     evaluator = Evaluator(make_contract(), config)
     env = ExpertTable(ENV)

@@ -7,7 +7,7 @@ import pytest
 
 from vla_jax.errors import UserError
 from vla_jax.evaluation.results import Results
-from vla_jax.evaluation.study import Cell, comparisons, figure, load_cells, markdown, save_cell, table
+from vla_jax.evaluation.study import Cell, comparisons, figure, load_cells, markdown, measure_table, save_cell, table
 
 SCENES = 40
 
@@ -23,7 +23,9 @@ def save(directory, arm, seed, rates, mark="same", rho=0.1):
             "conflict": [split == "swapped"] * SCENES,
         }
     results = Results(arm, 10, {}, [], scenes, dict.fromkeys(rates, mark), 1.0)
-    save_cell(directory, Cell("uniqueness", rho, arm, seed), results, {"commit": "c0ffee"})
+    measures = {"identification": 0.5 + seed / 10, "pmi": 0.1, "target_entropy": 0.29, "calibration_gap": 2.0}
+    measures |= {"sensitivity": 0.4, "sensitivity_se": 0.01}
+    save_cell(directory, Cell("uniqueness", rho, arm, seed), results, {"commit": "c0ffee"}, measures)
 
 
 @pytest.fixture
@@ -65,6 +67,25 @@ def test_markdown_holds_every_number(cells):
     assert "60.0 ± 10.0 [40]<br>+45.0 [" in text and "| baseline | 1 | 25.0 [75] |" in text
     full = next(line for line in text.splitlines() if line.startswith("| full"))
     assert full.count("\\*") == 1, "only the swapped split differs for sure"
+    assert "| full | 0.1 | 3 | 60.0 ± 10.0 | 0.100 ± 0.000 | 0.290 ± 0.000 | 2.000 ± 0.000 | 0.400 ± 0.000 |" in text
+    assert "| baseline | 0.3 | 1 | 50.0 | 0.100 | 0.290 | 2.000 | 0.400 |" in text
+
+
+def test_measures_are_means_over_seeds(cells):
+    rows = {(row["arm"], row["measure"]): row for row in measure_table(load_cells(cells))}
+    row = rows["full", "identification"]
+    assert row["mean"] == pytest.approx(0.6) and row["deviation"] == pytest.approx(0.1) and row["seeds"] == 3
+    assert row["by_seed"] == pytest.approx([0.5, 0.6, 0.7]) and rows["full", "sensitivity_se"]["mean"] == 0.01
+
+
+def test_files_from_before_the_measures_load(cells):
+    for path in cells.glob("*.json"):
+        values = json.loads(path.read_text())
+        del values["measures"]
+        path.write_text(json.dumps(values))
+    results = load_cells(cells)
+    assert all(result.measures == {} for result in results) and len(table(results)) == 4
+    assert measure_table(results) == [] and "Listening" not in markdown(results, "baseline")
 
 
 def test_the_figure_shows_each_arm_at_its_rates(cells):

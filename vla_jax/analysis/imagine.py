@@ -12,7 +12,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
-from vla_jax.data import tokenizer as tokenizers
 from vla_jax.data.contract import Contract
 from vla_jax.envs import language
 from vla_jax.envs.camera import Camera, project
@@ -103,9 +102,7 @@ class Imagination:
         )
 
     def _roll_out(self, policy: nnx.Module, case: Cases, texts: list[str]) -> tuple[Outcome, Recording]:
-        tokenizer = tokenizers.from_json(self.contract.tokenizer)
-        prompts = [self.contract.prompt(text) for text in texts]
-        tokens, mask = tokenizers.encode(tokenizer, prompts, self.contract.max_tokens)
+        tokens, mask = self.contract.encode(texts)
         same = np.zeros(len(texts), int)
         parts = (take_rows(part, same) for part in (case.scene, case.command, case.cue))
         trials = Trials(*parts, tokens, mask, same)

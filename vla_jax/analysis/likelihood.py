@@ -14,9 +14,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from vla_jax.evaluation.listening import acting_field
 from vla_jax.flow.density import log_density
-from vla_jax.flow.solve import identity
-from vla_jax.flow.transforms import extrapolate
 from vla_jax.models.policy import Policy
 
 
@@ -34,13 +33,7 @@ def action_log_likelihood(
     """
     branches = ("posterior",) if guidance is None else ("prior", "posterior")
     readings = policy.encode(batch["images"], batch["tokens"], batch["token_mask"], branches)
-    fields = {name: policy.field(policy.condition(reading, batch["state"])) for name, reading in readings.items()}
-
-    transform = identity if guidance is None else extrapolate(fields["prior"], guidance)
-
-    def velocity(x, t):
-        return transform.update(x, fields["posterior"](x, t), t, ())[1]
-
+    velocity = acting_field(policy, readings, batch["state"], guidance)
     return log_density(velocity, policy.normalizer.normalize_action(batch["actions"]), steps=steps)
 
 

@@ -1,8 +1,13 @@
 """What a policy and whatever feeds or drives it must agree on: names, units, rates, image sizes, the prompt."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from jaxtyping import Bool, Int
+
+from vla_jax.data import tokenizer as tokenizers
 from vla_jax.errors import UserError
 
 PROMPT_FORMAT = "{instruction}"
@@ -45,6 +50,11 @@ class Interface:
     def prompt(self, instruction: str) -> str:
         """The text that is tokenised for `instruction`."""
         return self.prompt_format.format(instruction=instruction)
+
+    def encode(self, instructions: Sequence[str]) -> tuple[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
+        """Tokens and mask of instructions; see `tokenizer.encode`. Raises UserError for a word that is not known."""
+        prompts = [self.prompt(instruction) for instruction in instructions]
+        return tokenizers.encode(tokenizers.from_json(self.tokenizer), prompts, self.max_tokens)
 
     def check_interface(self, other: "Interface", what: str = "the dataset") -> None:
         """Raises UserError that names every field in which `other` (called `what` in the message) differs."""

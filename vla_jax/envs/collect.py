@@ -222,6 +222,16 @@ def instruction_entropy(task_name: str, scene: Scene, bias: BiasConfig) -> Float
     return entropy(task_name, scene, bias) + jnp.sum(jnp.where(probability > 0, probability * wording, 0.0))
 
 
+def instruction_log_probability(task_name: str, scene: Scene, command: Command, bias: BiasConfig) -> Float[Array, ""]:
+    """log p(sentence | scene) in nats of one worded command of one scene; minus infinity for what is never said."""
+    commands, probability = command_distribution(task_name, scene, bias)
+    same = (commands.target == command.target) & (commands.goal == command.goal)
+    asked = jnp.sum(jnp.where(same & (commands.relation == command.relation), probability, 0.0))
+    first, end = language.template_range(task_name)
+    named = language.referent_distribution(scene)[command.target, command.referent]
+    return jnp.log(asked) + jnp.log(named) - jnp.log(end - first)
+
+
 def _pictures(render, demonstrations: Demonstrations, scene: Scene, kept) -> Iterator[dict[str, np.ndarray]]:
     """Pictures of one kept episode after another, uint8[T,H,W,3] a view; frames of many episodes are drawn together."""
     lengths = demonstrations.length[kept]

@@ -65,7 +65,7 @@ def make_cases(
     check_family(task_name)
     if n < 1:
         raise UserError(f"a split needs at least one case, got n = {n}.")
-    scene_key, word_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), _DOMAIN))
+    scene_key, word_key = _keys(seed)
     laws = split == "held_out_pairs", split == "new_backgrounds"
     scene, command, cue = _draw(task_name, bias, config, *laws, scene_key, jnp.arange(n))
     if split == "swapped":
@@ -78,6 +78,25 @@ def make_cases(
         scene, command, cue = take(scene, rows), take(commands, (rows, columns)), take(cues, (rows, columns))
     text = [""] * n if split == "blank" else language.instructions(task_name, scene, command)
     return Cases(scene, command, cue, text)
+
+
+def make_alternatives(
+    task_name: str, bias: BiasConfig, seed: int, n: int, config: SceneConfig = DEFAULT_SCENE
+) -> tuple[Scene, Command]:
+    """The first n scenes of in_distribution [n], each with one worded command a target [n, config.objects].
+
+    Column k asks for the object in slot k; goal and relation are drawn evenly over those that the scene admits for it.
+
+    Raises:
+        UserError: unknown family, or n < 1.
+    """
+    scene = make_cases("in_distribution", task_name, bias, seed, n, config).scene
+    return scene, _command_each_target(task_name, config.objects, _keys(seed)[1], scene)
+
+
+def _keys(seed):
+    """Of the scenes, and of the commands and words that a split gives them."""
+    return jax.random.split(jax.random.fold_in(jax.random.key(seed), _DOMAIN))
 
 
 @functools.partial(jax.jit, static_argnums=range(5))
@@ -139,6 +158,16 @@ def _every_command(task_name, bias, key, scene):
 
     each = jax.vmap(jax.vmap(case, in_axes=(0, None, 0)))
     return *each(_numbers(key, scene, valid.shape[-1], 3), scene, commands), valid
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _command_each_target(task_name, targets, key, scene):
+    def case(uniform, target, scene):
+        commands, valid = valid_commands(task_name, scene)
+        return sample_command(uniform, task_name, scene, commands, valid & (commands.target == target))
+
+    each = jax.vmap(jax.vmap(case, in_axes=(0, 0, None)), in_axes=(0, None, 0))
+    return each(_numbers(key, scene, targets, 3), jnp.arange(targets), scene)
 
 
 def _evenly_by_target(commands, chosen):

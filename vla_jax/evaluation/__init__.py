@@ -1,1 +1,1 @@
-"""Closed-loop evaluation: batched rollouts in one program, intervals, videos and the report."""
+"""Evaluation: batched rollouts in one program, measures of listening, intervals, videos and the report."""

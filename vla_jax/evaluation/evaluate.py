@@ -16,7 +16,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import UInt8
 
-from vla_jax.data import tokenizer as tokenizers
 from vla_jax.data.contract import Contract
 from vla_jax.envs.bias import BiasConfig
 from vla_jax.envs.collect import interface_of
@@ -141,9 +140,7 @@ class Evaluator:
     def _make_trials(self, split: str) -> Trials:
         world, config = self.world, self.config
         cases = make_cases(split, world.env.task, world.bias, config.seed, config.scenes, world.scene)
-        tokenizer = tokenizers.from_json(self.contract.tokenizer)
-        prompts = [self.contract.prompt(text) for text in cases.text]
-        tokens, mask = tokenizers.encode(tokenizer, prompts, self.contract.max_tokens)
+        tokens, mask = self.contract.encode(cases.text)
         self._texts[split] = list(cases.text)
         # On the host, so that a batch is cut out without compiling anything.
         return jax.device_get(Trials(cases.scene, cases.command, cases.cue, tokens, mask, np.arange(config.scenes)))

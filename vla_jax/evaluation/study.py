@@ -37,7 +37,8 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class CellResult:
-    """What one cell found: per split the outcome of every scene (success; stuck and conflict, see Results)."""
+    """What one cell found: per split the outcome of every scene (success; stuck and conflict, see Results), and the
+    measures of `listening` (none in files written before there were any)."""
 
     cell: Cell
     success: dict[str, list[bool]]
@@ -46,15 +47,19 @@ class CellResult:
     fingerprints: dict[str, str]
     step: int
     provenance: dict[str, Any]
+    measures: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-def save_cell(directory: Path, cell: Cell, results: Results, provenance: dict[str, Any]) -> None:
+def save_cell(
+    directory: Path, cell: Cell, results: Results, provenance: dict[str, Any], measures: dict[str, float]
+) -> None:
     """Writes `directory/<cell>.json`."""
     columns = {
         name: {split: columns[name] for split, columns in results.scenes.items()}
         for name in ("success", "stuck", "conflict")
     }
-    found = CellResult(cell, **columns, fingerprints=results.fingerprints, step=results.step, provenance=provenance)
+    known = {"fingerprints": results.fingerprints, "step": results.step, "provenance": provenance}
+    found = CellResult(cell, **columns, **known, measures=measures)
     write_atomically(directory / f"{cell.name}.json", json.dumps(dataclasses.asdict(found)) + "\n")
 
 
@@ -98,6 +103,27 @@ def table(results: Iterable[CellResult]) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_table(results: Iterable[CellResult]) -> list[dict[str, Any]]:
+    """One row for every coupling, rho, arm and measure of `listening`: mean over seeds and standard deviation."""
+    rows = []
+    for (coupling, rho, arm), group in _grouped(results).items():
+        for name in dict.fromkeys(name for result in group for name in result.measures):
+            by_seed = [result.measures[name] for result in group if name in result.measures]
+            rows.append(
+                {
+                    "coupling": coupling,
+                    "rho": rho,
+                    "arm": arm,
+                    "measure": name,
+                    "seeds": len(by_seed),
+                    "mean": float(np.mean(by_seed)),
+                    "deviation": float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None,
+                    "by_seed": by_seed,
+                }
+            )
+    return rows
+
+
 def comparisons(results: Sequence[CellResult], reference: str) -> list[dict[str, Any]]:
     """Every other arm minus the reference arm, on the seeds that both have; p corrected by Holm over all rows.
 
@@ -125,7 +151,8 @@ def comparisons(results: Sequence[CellResult], reference: str) -> list[dict[str,
 
 
 def markdown(results: Sequence[CellResult], reference: str) -> str:
-    """The table as Markdown: one block for each coupling and rho, arms down, splits across."""
+    """The tables as Markdown: success, one block for each coupling and rho, arms down and splits across; then the
+    measures of listening, one block for each coupling."""
     rows = {(row["coupling"], row["rho"], row["arm"], row["split"]): row for row in table(results)}
     gaps = {(row["coupling"], row["rho"], row["arm"], row["split"]): row for row in comparisons(results, reference)}
     blocks = []
@@ -144,7 +171,30 @@ def markdown(results: Sequence[CellResult], reference: str) -> str:
         f"Success in %, mean ± standard deviation over seeds; in brackets the stick rate. Second line: points above "
         f"{reference} with a 95 % bootstrap interval over seeds and scenes; \\* where p < .05 after Holm's correction."
     )
-    return "\n\n".join([*blocks, note]) + "\n"
+    return "\n\n".join([*blocks, note, *_listening(results)]) + "\n"
+
+
+def _listening(results: Sequence[CellResult]) -> list[str]:
+    """Blocks of Markdown: arms and rho down, measures across."""
+    rows = {(row["coupling"], row["arm"], row["rho"], row["measure"]): row for row in measure_table(results)}
+    blocks = []
+    for coupling in dict.fromkeys(key[0] for key in rows):
+        lines = [f"### Listening, {coupling}", ""]
+        lines += [
+            "| arm | ρ | seeds | identification, % | PMI | of | calibration gap | sensitivity |",
+            "|---" * 8 + "|",
+        ]
+        for arm, rho in dict.fromkeys(key[1:3] for key in rows if key[0] == coupling):
+            have = {key[3]: row for key, row in rows.items() if key[:3] == (coupling, arm, rho)}
+            cells = [_spread(have["identification"], 100, 1)]
+            cells += [_spread(have[name]) for name in ("pmi", "target_entropy", "calibration_gap", "sensitivity")]
+            lines.append(f"| {arm} | {rho:g} | {have['pmi']['seeds']} | {' | '.join(cells)} |")
+        blocks.append("\n".join(lines))
+    note = (
+        "Mean ± standard deviation over seeds; PMI, what it could be at most (of) and calibration gap in nats. "
+        "`vla_jax/evaluation/listening.py` says what each is."
+    )
+    return [*blocks, note] if blocks else []
 
 
 def figure(results: Sequence[CellResult], splits: Sequence[str] = ("in_distribution", "swapped")) -> "Figure":
@@ -177,6 +227,11 @@ def _grouped(results: Iterable[CellResult]) -> dict[tuple[str, float, str], list
     for result in results:
         groups[result.cell.coupling, result.cell.rho, result.cell.arm].append(result)
     return dict(groups)
+
+
+def _spread(row: dict[str, Any], scale: float = 1, digits: int = 3) -> str:
+    deviation = "" if row["deviation"] is None else f" ± {scale * row['deviation']:.{digits}f}"
+    return f"{scale * row['mean']:.{digits}f}{deviation}"
 
 
 def _cell(row: dict[str, Any] | None, gap: dict[str, Any] | None) -> str:
