@@ -14,7 +14,7 @@ smaller one in the same directory, and a command that is started twice there sha
     results/<cell>.json         the outcome of every scene, and the measures of listening: small, to be kept
     logs/<cell>.log             what a worker printed
     claims/                     empty files, locked by who is at it
-    study.json, .md, .png       the table with differences to the first arm, and the figure
+    study.json, .md, .png       the table with differences to the reference arm, and the figure
 """
 
 import dataclasses
@@ -53,7 +53,8 @@ class StudyConfig:
 
     Attributes:
         collect: the demonstrations; coupling and rho are set by the study.
-        arms: trainings by name; the first is what the others are compared with.
+        arms: trainings by name.
+        reference: the arm that the others are compared with; empty takes the first by name.
         unbiased: names of arms that learn from as many demonstrations with rho = 1, and are judged like the others:
             what could be had from data without a shortcut.
         grounding: a training on questions alone, once for each coupling, from whose language model every arm starts
@@ -66,6 +67,7 @@ class StudyConfig:
 
     collect: CollectConfig = CollectConfig()
     arms: dict[str, TrainConfig] = dataclasses.field(default_factory=dict)
+    reference: str = ""
     unbiased: tuple[str, ...] = ()
     grounding: TrainConfig | None = None
     couplings: tuple[str, ...] = ("uniqueness",)
@@ -76,8 +78,9 @@ class StudyConfig:
     def __post_init__(self):
         if not self.arms:
             raise UserError("arms is empty: name at least one training")
-        if unknown := [name for name in self.unbiased if name not in self.arms]:
-            raise UserError(f"unbiased names {unknown[0]!r}, which is none of the arms {', '.join(self.arms)}")
+        for field, names in (("unbiased", self.unbiased), ("reference", (self.reference,) if self.reference else ())):
+            if unknown := [name for name in names if name not in self.arms]:
+                raise UserError(f"{field} names {unknown[0]!r}, which is none of the arms {', '.join(self.arms)}")
         if self.seeds < 1 or not self.couplings or not self.rhos:
             raise UserError("a study needs at least one seed, one coupling and one rho")
         if self.workers < 0:
@@ -225,7 +228,7 @@ def _ground(config: StudyConfig, coupling: str, dataset: Path, workdir: Path) ->
 
 def write_summary(config: StudyConfig, workdir: Path) -> None:
     """study.json, study.md and study.png from the results that are there, if any."""
-    results, reference = load_cells(workdir / "results"), next(iter(config.arms))
+    results, reference = load_cells(workdir / "results"), config.reference or next(iter(config.arms))
     if not results:
         return
     values = {"rows": table(results), "comparisons": comparisons(results, reference)}

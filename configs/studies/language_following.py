@@ -15,6 +15,8 @@ as there are enough samples that break the tie (rho = .1: about 270 episodes of 
 from ml_collections import ConfigDict
 
 from configs import grounding, quickstart, train
+from vla_jax.config import nearest
+from vla_jax.errors import UserError
 
 UNBIASED = "unbiased"  # latent queries on demonstrations without a shortcut
 SPLITS = ("in_distribution", "swapped", "paraphrases", "held_out_pairs", "blank")
@@ -34,16 +36,21 @@ def fast(name: str) -> ConfigDict:
     return config
 
 
-def get_config() -> ConfigDict:
-    """Settings of experiments.study."""
+def get_config(some: str = "") -> ConfigDict:
+    """Settings of experiments.study. some: names of the arms that are to be run, as "baseline,balanced"; empty: all."""
     arms = {name: fast(name) for name in train.ARMS}
     arms[UNBIASED] = fast("queries")
+    for name in some.split(",") if some else ():
+        if name not in arms:
+            raise UserError(f"unknown arm '{name}'{nearest(name, list(arms))}")
+    arms = {name: arm for name, arm in arms.items() if not some or name in some.split(",")}
     return ConfigDict(
         {
             "collect": quickstart.get_config().collect,
             "grounding": grounding.get_config(),
             "arms": arms,
-            "unbiased": (UNBIASED,),
+            "reference": "baseline" if "baseline" in arms else "",
+            "unbiased": tuple({UNBIASED} & set(arms)),
             "couplings": ("uniqueness",),
             "rhos": (0.02, 0.1, 0.3),
             "seeds": 3,
