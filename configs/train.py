@@ -38,10 +38,11 @@ ARMS = {
         "policy": {"read_actions": True},
         **_loss(0.3, 0.0, language_weight=0.1, reader_weight=0.1, pmi_weight=0.1),
     },
-    # beyond the paper: samples weigh p(l) / p(l | v), so that the look of a scene tells nothing (losses/balance.py)
-    "balanced": _loss(0.0, 0.0, language_weight=0.1, balance=1.0),
+    # beyond the paper: episodes drawn by p(l) / p(l | v), so that the look tells nothing (vla_jax/data/balance.py);
+    # data.weights names the file of experiments.balance
+    "balanced": {"data": {"balance": 1.0}, **_loss(0.0, 0.0)},
     # the same with all-token conditioning: are the queries needed?
-    "balanced_tokens": {"policy": {"conditioning": "tokens"}, **_loss(0.0, 0.0, language_weight=0.1, balance=1.0)},
+    "balanced_tokens": {"policy": {"conditioning": "tokens"}, "data": {"balance": 1.0}, **_loss(0.0, 0.0)},
     # never sees the words: trained and driven by the prior branch
     "vision": {**_loss(1.0, 0.0, detach_prior=False), "eval": {"guidance": 0.0}},
 }

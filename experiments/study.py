@@ -10,6 +10,7 @@ smaller one in the same directory, and a command that is started twice there sha
 
     data/<coupling>-rho<rho>/   demonstrations
     grounding/<coupling>/       the language model that every training of a coupling starts from
+    balance/<coupling>-rho<rho>/  the weights of demonstrations for arms with data.balance
     runs/<cell>/                one training (see experiments.train)
     results/<cell>.json         the outcome of every scene, and the measures of listening: small, to be kept
     logs/<cell>.log             what a worker printed
@@ -29,6 +30,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from experiments.balance import balance_once
 from experiments.compare import collect_once, train_once
 from vla_jax import config as configuration
 from vla_jax.envs.bias import BiasConfig
@@ -59,6 +61,7 @@ class StudyConfig:
             what could be had from data without a shortcut.
         grounding: a training on questions alone, once for each coupling, from whose language model every arm starts
             that does not name another one by `init_from`; None: from scratch.
+        balance: the training of experiments.balance, for arms with data.balance that name no data.weights.
         couplings, rhos: of the demonstrations and of the test scenes.
         seeds: trainings of each arm, numbered from 0.
         workers: cells at a time, on an accelerator or a share of the cores each; 0 is one for each accelerator. With 1,
@@ -70,6 +73,7 @@ class StudyConfig:
     reference: str = ""
     unbiased: tuple[str, ...] = ()
     grounding: TrainConfig | None = None
+    balance: TrainConfig | None = None
     couplings: tuple[str, ...] = ("uniqueness",)
     rhos: tuple[float, ...] = (0.1,)
     seeds: int = 3
@@ -206,6 +210,8 @@ def _run_claimed(config: StudyConfig, cell: Cell, workdir: Path) -> None:
     arm = config.arms[cell.arm]
     data = dataclasses.replace(arm.data, directory=str(dataset), seed=cell.seed)
     start = arm.init_from or _ground(config, cell.coupling, dataset, workdir)
+    if data.balance and not data.weights:
+        data = dataclasses.replace(data, weights=str(_balance(config, directory.name, dataset, start, workdir)))
     arm = dataclasses.replace(arm, arm=cell.arm, seed=cell.seed, data=data, init_from=start)
     run_dir = train_once(arm, workdir / "runs" / cell.name)
     policy, contract, trained = load_policy(run_dir)
@@ -224,6 +230,15 @@ def _ground(config: StudyConfig, coupling: str, dataset: Path, workdir: Path) ->
     data = dataclasses.replace(config.grounding.data, directory=str(dataset))
     with claim(_claim(workdir, f"grounding-{coupling}"), wait=True):
         return str(train_once(dataclasses.replace(config.grounding, data=data), workdir / "grounding" / coupling))
+
+
+def _balance(config: StudyConfig, name: str, dataset: Path, start: str, workdir: Path) -> Path:
+    """The weights of some demonstrations, computed where they are not there yet."""
+    if config.balance is None:
+        raise UserError("an arm has data.balance and no data.weights: give the study a `balance` training")
+    data = dataclasses.replace(config.balance.data, directory=str(dataset))
+    with claim(_claim(workdir, f"balance-{name}"), wait=True):
+        return balance_once(dataclasses.replace(config.balance, data=data, init_from=start), workdir / "balance" / name)
 
 
 def write_summary(config: StudyConfig, workdir: Path) -> None:

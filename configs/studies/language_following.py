@@ -14,7 +14,7 @@ as there are enough samples that break the tie (rho = .1: about 270 episodes of 
 
 from ml_collections import ConfigDict
 
-from configs import grounding, quickstart, train
+from configs import balance, grounding, quickstart, train
 from vla_jax.config import nearest
 from vla_jax.errors import UserError
 
@@ -29,7 +29,7 @@ def fast(name: str) -> ConfigDict:
     config.policy.update(stage0.policy)
     config.steps = config.checkpoint_every = 3000
     config.eval_every = config.validate_every = 0
-    config.data = {"batch_size": 32}
+    config.data = {**config.get("data", {}), "batch_size": 32}
     config.loss.noise_draws = 2
     config.optimizer = {"learning_rate": 3e-3, "ema_decay": 0.99}
     config.eval = {**config.get("eval", {}), "splits": SPLITS, "scenes": 200, "videos": 0}
@@ -48,6 +48,7 @@ def get_config(some: str = "") -> ConfigDict:
         {
             "collect": quickstart.get_config().collect,
             "grounding": grounding.get_config(),
+            "balance": balance.get_config(),
             "arms": arms,
             "reference": "baseline" if "baseline" in arms else "",
             "unbiased": tuple({UNBIASED} & set(arms)),

@@ -19,6 +19,7 @@ from absl import flags
 from jaxtyping import Bool, Int
 
 from vla_jax.data import tokenizer as tokenizers
+from vla_jax.data.balance import drawn_by_weight, episode_weights
 from vla_jax.data.contract import Contract
 from vla_jax.data.episode import StoredEpisode, decode_jpeg
 from vla_jax.data.rlds import RldsDataset, open_rlds
@@ -41,6 +42,8 @@ class DataConfig:
         threads: reading threads a process.
         workers: reading processes; 0 reads in threads of the training process, which is faster on few cores.
         prefetch: batches read ahead.
+        balance: exponent of the weights with which episodes are drawn, 0 draws all alike (see `data.balance`).
+        weights: the file that holds them, which `experiments.balance` writes.
         cache_mb: memory for episodes that were read before, in MiB, in each reading process.
     """
 
@@ -53,6 +56,8 @@ class DataConfig:
     threads: int = 2
     workers: int = 0
     prefetch: int = 4
+    balance: float = 0.0
+    weights: str = ""
     cache_mb: int = 512
 
     def __post_init__(self):
@@ -261,9 +266,15 @@ def make_loader(config: DataConfig, contract: Contract, process_index: int = 0, 
     dataset = open_rlds(config.directory)
     contract.check_interface(dataset.interface, f"the dataset at {config.directory}")
     reader = BatchReader(dataset, contract, config)
-    steps = grain.MapDataset.range(len(reader)).seed(config.seed).shuffle().repeat()
+    if config.balance and not config.weights:
+        raise UserError("data.balance needs data.weights: the file that python -m experiments.balance writes")
+    if config.balance:
+        weights = episode_weights(config.weights, config.balance, dataset)[reader.episodes]
+        steps = drawn_by_weight(np.repeat(weights, dataset.lengths[reader.episodes]), config.seed)
+    else:
+        steps = grain.MapDataset.range(len(reader)).seed(config.seed).shuffle().repeat()
     batches = steps.batch(config.batch_size, drop_remainder=True, batch_fn=np.array).map(
         lambda rows: reader(rows[process_index::process_count])
     )
-    stream = {name: getattr(config, name) for name in ("batch_size", "seed", "split", "held_out_fraction")}
+    stream = {name: getattr(config, name) for name in ("batch_size", "seed", "split", "held_out_fraction", "balance")}
     return Loader(batches, config, {"dataset": dataset.fingerprint, **stream})

@@ -11,8 +11,8 @@
 | + LLR | "queries" | 0 | 0.1 |
 | full | "queries" | 0.3 | 0.1 |
 
-Beyond the paper: the information between action and instruction that its Eq. 4 is about (`losses.information`), weights
-that break the tie between picture and instruction (`losses.balance`), questions about the picture (`losses.questions`).
+Beyond the paper: the information between action and instruction that its Eq. 4 is about (`losses.information`), and
+questions about the picture (`losses.questions`).
 
 Axes: B batch, R noise draws of one sample, L instruction length, C chunk length, A action width.
 """
@@ -28,7 +28,6 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vla_jax.errors import UserError
-from vla_jax.losses.balance import balance_weights, effective_share
 from vla_jax.losses.flow_matching import Draw, draw, flow_matching
 from vla_jax.losses.information import likelihoods, predicted_chunk, read_back, recorded_chunk
 from vla_jax.losses.language import mean_over_tokens
@@ -43,18 +42,19 @@ from vla_jax.models.policy import Policy, Reading
 class LossConfig:
     """Weights and options of the terms; one that is 0 leaves its term out.
 
-    demonstrations: learn from them; False leaves the questions alone.
+    demonstrations: learn from them; False leaves the questions alone. flow: learn their actions.
     prior_weight: lambda. llr_weight: beta. language_weight: gamma, of -log p(l | v) in the posterior ordering.
     detach_prior: keep the gradient of FM(prior) inside the expert. hard_tokens, gate: see `log_likelihood_ratio`.
     reader_weight: of -log p(l | a, v), which teaches the trunk to read the instruction off recorded actions (see
         `losses.information`; the policy needs `read_actions`). reader_noise: at points x_t of the flow, not clean.
     pmi_weight: of log p(l | a, v) - log p(l | v) of the actions at which the policy aims, a mean over tokens.
-    balance: exponent of the weights p(l) / p(l | v) of the flow-matching terms (see `losses.balance`); 0 is none.
+    words_weight: of -log p(l), the instruction without the picture.
     question_weight: of -log p(answer | picture, question) of the batch's questions, a mean over tokens.
     noise_draws: R, noise and time draws of each sample.
     """
 
     demonstrations: bool = True
+    flow: bool = True
     prior_weight: float = 0.3
     llr_weight: float = 0.1
     language_weight: float = 0.0
@@ -64,7 +64,7 @@ class LossConfig:
     reader_weight: float = 0.0
     reader_noise: bool = False
     pmi_weight: float = 0.0
-    balance: float = 0.0
+    words_weight: float = 0.0
     question_weight: float = 0.0
     noise_draws: int = 4
 
@@ -73,9 +73,8 @@ class LossConfig:
             raise UserError(f"loss.prior_weight must lie in [0, 1], got {self.prior_weight}")
         if self.noise_draws < 1 or self.hard_tokens < 0:
             raise UserError("loss.noise_draws must be at least 1 and loss.hard_tokens at least 0")
-        for name in ("reader_weight", "balance"):
-            if getattr(self, name) and not self.language_weight:
-                raise UserError(f"loss.{name} needs loss.language_weight: log p(l | v) has to be learned as well")
+        if self.reader_weight and not self.language_weight:
+            raise UserError("loss.reader_weight needs loss.language_weight: log p(l | v) has to be learned as well")
         if not self.demonstrations and not self.question_weight:
             raise UserError("loss.demonstrations is off and loss.question_weight is 0: there is nothing to learn")
         if self.pmi_weight and not self.reader_weight:
@@ -84,17 +83,17 @@ class LossConfig:
     @property
     def likelihoods(self) -> tuple[str, ...]:
         """The branches in which the likelihood of the instruction is learned, besides those of the LLR."""
-        wanted = {"posterior": self.language_weight, "action": self.reader_weight, "words": self.balance}
+        wanted = {"posterior": self.language_weight, "action": self.reader_weight, "words": self.words_weight}
         return tuple(name for name, weight in wanted.items() if weight)
 
     @property
     def branches(self) -> tuple[str, ...]:
         """The branches that this objective has to read."""
         wanted = {
-            "prior": self.prior_weight or self.llr_weight,
+            "prior": self.flow and self.prior_weight or self.llr_weight,
             "posterior": True,
             "action": self.reader_weight,
-            "words": self.balance,
+            "words": self.words_weight,
         }
         return tuple(name for name, weight in wanted.items() if weight)
 
@@ -127,10 +126,7 @@ def _demonstration_terms(
     chunk = recorded_chunk(actions, reader_key, config.reader_noise) if config.reader_weight else None
     readings = policy.encode(batch["images"], tokens, mask, config.branches, chunk)
     log_p = {name: likelihoods(policy, readings[name], tokens) for name in config.likelihoods}
-    weights = jnp.ones(len(tokens))
-    if config.balance:
-        weights = balance_weights(log_p["posterior"], log_p["words"], mask, config.balance)
-    terms = _flow_terms(policy, readings, batch, actions, weights, flow_keys, config)
+    terms = _flow_terms(policy, readings, batch, actions, flow_keys, config) if config.flow else {}
     if config.llr_weight:
         prior, posterior = (policy.word_logits(readings[name].predictors) for name in ("prior", "posterior"))
         llr, gate_state = log_likelihood_ratio(
@@ -142,13 +138,11 @@ def _demonstration_terms(
         terms["llr_gate"] = term(llr.gate, llr.carried)
     for branch, name, weight in (
         ("posterior", "language", config.language_weight),
-        ("words", "words", config.language_weight),
+        ("words", "words", config.words_weight),
         ("action", "reader", config.reader_weight),
     ):
         if branch in log_p:
             terms[name] = term(-mean_over_tokens(log_p[branch], mask), mask.any(-1), weight)
-    if config.balance:
-        terms["effective_share"] = Term(effective_share(weights), jnp.float32(1.0))
     if config.reader_weight:
         gained = jnp.where(mask, log_p["action"] - log_p["posterior"], 0.0).sum(-1)
         terms["information"] = term(gained, mask.any(-1))  # nats an instruction
@@ -165,14 +159,12 @@ def _flow_terms(
     readings: dict[str, Reading],
     batch: dict[str, Any],
     actions: Float[Array, "B C A"],
-    weights: Float[Array, " B"],
     keys: list[PRNGKeyArray],
     config: LossConfig,
 ) -> dict[str, Term]:
     """Flow matching under each branch that has a weight: one call of the expert for all, with independent noise.
 
-    actions: in model units. weights: of the samples, with mean 1. keys: of the posterior's noise, the prior's, and
-    dropout.
+    actions: in model units. keys: of the posterior's noise, the prior's, and dropout.
     """
     posterior_key, prior_key, dropout_key = keys
     mask = batch["action_mask"]
@@ -196,6 +188,6 @@ def _flow_terms(
     )
     carried = mask.any(-1)
     return {
-        name: term(weights * error, carried, share)
+        name: term(error, carried, share)
         for (name, share), error in zip(shares.items(), jnp.split(errors, count), strict=True)
     }
