@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -260,3 +261,24 @@ def test_unknown_word_reaches_the_user(tmp_path, interface, episode, workers):
 
 def test_nothing_of_the_paths_is_in_the_state(open_loader, config):
     assert str(Path(config.directory)) not in str(open_loader(config).get_state())
+
+
+def test_the_loader_draws_whole_episodes_by_weight(config, open_loader, dataset_path, tmp_path):
+    """Weight on two training episodes alone: nothing else is ever read, and a resumed stream goes on."""
+    dataset, reader = open_rlds(dataset_path), open_loader(config)
+    usual = {int(number) for _ in range(8) for number in next(reader)["episode"]}
+    chosen = sorted(usual)[:2]
+    information = np.where(np.isin(np.arange(len(dataset)), chosen), -1000.0, 1000.0)
+    path = tmp_path / "information.json"
+    path.write_text(json.dumps({"fingerprint": dataset.fingerprint, "information": information.tolist()}))
+    config = dataclasses.replace(config, weights=str(path), balance=2.0)  # e^16 apart
+    loader = open_loader(config)
+    batches = [next(loader) for _ in range(6)]
+    assert {int(number) for batch in batches for number in batch["episode"]} == set(chosen)
+    other = open_loader(config)
+    other.set_state({**loader.get_state(), "batches": 3})
+    np.testing.assert_array_equal(next(other)["step"], batches[3]["step"])
+    with pytest.raises(UserError, match="balance was 2.0, is 1.0"):
+        open_loader(dataclasses.replace(config, balance=1.0)).set_state(loader.get_state())
+    with pytest.raises(UserError, match="data.balance needs data.weights"):
+        open_loader(dataclasses.replace(config, weights=""))
