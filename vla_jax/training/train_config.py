@@ -7,6 +7,7 @@ from vla_jax.errors import UserError
 from vla_jax.evaluation.evaluate import EvalConfig
 from vla_jax.losses.objective import LossConfig
 from vla_jax.models.policy import PolicyConfig
+from vla_jax.pretrained.backbone import PretrainedConfig
 from vla_jax.training.optimizer import OptimizerConfig
 
 # What may change when a run is resumed, because no weight depends on it (`steps` moves the end of the schedule).
@@ -21,7 +22,7 @@ class TrainConfig:
     """One training run.
 
     Attributes:
-        data, policy, loss, optimizer, eval: see there. `data.batch_size` is the global batch.
+        data, policy, pretrained, loss, optimizer, eval: see there. `data.batch_size` is the global batch.
         arm: name of the policy in tables.
         seed: of the first weights and of the noise; the order of the data has its own, `data.seed`.
         steps: updates.
@@ -34,6 +35,7 @@ class TrainConfig:
 
     data: DataConfig = DataConfig()
     policy: PolicyConfig = PolicyConfig()
+    pretrained: PretrainedConfig = PretrainedConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     eval: EvalConfig = EvalConfig()
