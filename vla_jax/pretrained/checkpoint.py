@@ -85,11 +85,11 @@ def save_vlm(vlm: VLM, directory: str | Path, *, processor: str | Path | None = 
         raise UserError(f"{directory} is not empty: choose another directory")
     name, family = next((name, family) for name, family in FAMILIES.items() if isinstance(vlm, family.model))
     params = flatten(nnx.split(vlm)[1])
-    pending = [tensor for row in family.table(vlm.config) for tensor in _pending(row, params)]
+    tensors = [tensor for row in family.table(vlm.config) for tensor in pending(row, params)]
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     temporary.mkdir(parents=True)
     try:
-        _write_shards(temporary, pending, shard)
+        _write_shards(temporary, tensors, shard)
         (temporary / "config.json").write_text(json.dumps(to_json(vlm.config, _type(params)), indent=2) + "\n")
         for pattern in PROCESSOR_FILES if processor is not None else ():
             for file in Path(processor).glob(pattern):
@@ -212,7 +212,7 @@ def _write_layer(stack: Array, tensor: Array, layer: int, form: str, start: int,
     return lax.dynamic_update_index_in_dim(stack, part, layer, 0)
 
 
-def _pending(row: Row, params: FlatArrays) -> list[Pending]:
+def pending(row: Row, params: FlatArrays) -> list[Pending]:
     """The tensors of a row, still to be made."""
     shapes = {path: params[path].shape for path in row.paths}
     dtype = np.dtype(params[row.paths[0]].dtype)

@@ -14,6 +14,7 @@ from vla_jax.training.optimizer import OptimizerConfig
 FREE_ON_RESUME = (
     "steps", "arm", "eval.", "log_every", "validate_every", "validation_batches", "eval_every", "checkpoint_every",
     "keep_checkpoints", "data.directory", "data.threads", "data.workers", "data.prefetch", "data.cache_mb",
+    "pretrained.directory",
 )  # fmt: skip
 
 
