@@ -85,11 +85,8 @@ def their_programs(directory: str, compile: bool) -> dict[str, Callable[[], None
     made = {"PyTorch eager": programs(model)}
     if compile:
         made["PyTorch compiled"] = programs(torch.compile(model))
-    return {
-        f"{name}, {what}": run
-        for name, pair in made.items()
-        for what, run in zip(("forward", "both"), pair, strict=True)
-    }
+    whats = ("forward", "both")
+    return {f"{name}, {what}": run for name, pair in made.items() for what, run in zip(whats, pair, strict=True)}
 
 
 def our_programs(directory: str) -> dict[str, Callable[[], None]]:
@@ -128,9 +125,7 @@ def measure(programs: dict[str, Callable[[], None]], rounds: int) -> dict[str, n
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile too, which takes minutes and a C++ compiler"
-    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile too; takes minutes")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         programs = their_programs(directory, arguments.compile)

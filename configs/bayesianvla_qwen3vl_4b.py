@@ -3,10 +3,10 @@
 python -m experiments.train --config=configs/bayesianvla_qwen3vl_4b.py[:ARM[,MODE]] \
     --config.pretrained.directory=CHECKPOINT --config.data.directory=DATA --workdir=runs/x
 
-CHECKPOINT is a directory with config.json, safetensors files and tokenizer.json; without one the weights are random. Its
-model sets the sizes, so the 2B and 8B models work too. ARM is one of configs/train.py, or qwen_groot: the expert attends
-to every trunk token. MODE is what is trained: full, frozen (no vision tower, no words) or lora. Pictures of 224 pixels
-make 49 tokens a view.
+CHECKPOINT is a directory with config.json, safetensors files and tokenizer.json; without one the weights are random.
+Its model sets the sizes, so the 2B and 8B models work too. ARM is one of configs/train.py, or qwen_groot: the expert
+attends to every trunk token. MODE is what is trained: full, frozen (no vision tower, no words) or lora. Pictures of 224
+pixels make 49 tokens a view.
 
 Settings are those of arXiv 2601.15197 and, where it is silent, of the code it was made with: AdamW with 1e-5 for the
 model and its queries and 1e-4 for the expert, 50 000 steps of 128 samples, four noise draws a sample.
