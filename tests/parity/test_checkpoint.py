@@ -1,16 +1,15 @@
 """Checkpoints in and out: every bit, every key, every mistake."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
 
 import vla_jax
 from vla_jax.errors import UserError
@@ -83,16 +82,26 @@ def test_half_precision_keeps_its_bits(tmp_path, tied):
     assert near.dtype == exact.dtype == np.float32 and 0 < np.abs(near - exact).max() < 0.1
 
 
-def test_weights_are_spread_over_a_mesh(qwen):
-    if jax.device_count() < 4:
-        pytest.skip("one device")
-    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    spread = vla_jax.load_vlm(qwen.directory, mesh=mesh)
-    same(weights(spread), weights(qwen.ours))
-    query = weights(spread)["trunk/blocks/layers/attention/query/kernel"]
-    assert query.addressable_shards[0].data.shape == (4, 32, 32)
-    inputs = qwen_inputs([[5, (4, 6), 7]])
-    np.testing.assert_allclose(spread.logits(**inputs), qwen.ours.logits(**inputs), atol=1e-4)
+SPREAD = """
+import sys, jax, numpy as np, vla_jax
+from jax.sharding import AxisType
+mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+vlm = vla_jax.load_vlm(sys.argv[1], mesh=mesh)
+query = vlm.trunk.blocks.layers.attention.query.kernel[...]
+assert query.addressable_shards[0].data.shape == (4, 32, 32), query.sharding
+assert vlm.words[...].addressable_shards[0].data.shape == (160, 32)
+np.save(sys.argv[2], vlm.logits(input_ids=np.arange(12).reshape(2, 6)))
+vla_jax.save_vlm(vlm, sys.argv[3])
+"""
+
+
+def test_weights_are_spread_over_a_mesh(qwen, tmp_path):
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = [sys.executable, "-c", SPREAD, str(qwen.directory), str(tmp_path / "logits.npy"), str(tmp_path / "saved")]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    expected = qwen.ours.logits(input_ids=np.arange(12).reshape(2, 6))
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, atol=1e-4)
+    same(weights(vla_jax.load_vlm(tmp_path / "saved")), weights(qwen.ours))
 
 
 def changed(source: Path, target: Path, change) -> Path:

@@ -44,13 +44,12 @@ def tokenizer_of(directory: str | Path) -> str:
     return path.read_text()
 
 
-def load_backbone(directory: str | Path, shapes: FlatArrays, seed: int) -> FlatArrays:
+def load_backbone(directory: str | Path, policy: PolicyConfig, shapes: FlatArrays, seed: int) -> FlatArrays:
     """The parameters of the policy that a checkpoint gives. shapes: those of all its parameters.
 
     New queries start near the mean word, like the words that the released code adds for them.
     """
-    graphdef, state = _model(directory)
-    params = load_params(directory, flatten(state), mesh=None)
+    params = load_params(directory, flatten(_model(directory)[1]), mesh=None)
     for path, leaf in params.items():
         if path not in shapes or shapes[path].shape != leaf.shape:
             expected = list(shapes[path].shape) if path in shapes else "nothing"
@@ -59,7 +58,7 @@ def load_backbone(directory: str | Path, shapes: FlatArrays, seed: int) -> FlatA
                 "the pictures of the data have another size than those of the checkpoint"
             )
     if "queries" in shapes:
-        params["queries"] = new_queries(params["words"], shapes["queries"].shape[0], seed)
+        params["queries"] = policy.word_scale * new_queries(params["words"], policy.queries, seed)
     return params
 
 

@@ -110,7 +110,7 @@ def on_pretrained(config: TrainConfig, contract: Contract) -> tuple[TrainConfig,
 def _pretrained(config: TrainConfig, shapes: dict) -> dict:
     """The parameters that come from the pretrained model; {} where there is none."""
     directory = config.pretrained.directory
-    return load_backbone(directory, shapes, config.seed) if directory else {}
+    return load_backbone(directory, config.policy, shapes, config.seed) if directory else {}
 
 
 def command_to_resume() -> str:
