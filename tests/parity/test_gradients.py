@@ -63,6 +63,8 @@ def test_gradients_of_a_text_loss(request, fixture, family, remat):
     expected = {family_of.canonical(name): value for name, value in expected.items() if name != "lm_head.weight"}
     ours = {t.key: t.get() for row in family_of.table(pair.ours.config) for t in pending(row, gradient)}
     assert ours.keys() == expected.keys()
+    # A bias of keys moves no softmax: its gradient is rounding alone, and is compared on the scale of the others'.
+    floor = 1e-3 * max(np.abs(value).max() for value in expected.values())
     for key, value in expected.items():
-        difference = np.abs(ours[key] - value).max() / max(np.abs(value).max(), 1e-6)
+        difference = np.abs(ours[key] - value).max() / max(np.abs(value).max(), floor)
         assert difference < 1e-3, (key, difference)
