@@ -56,7 +56,7 @@ def add_adapters(module: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> None
         paths = ", ".join(path for path, _ in _dense_layers(module)[:4])
         raise UserError(f"lora.layers: {config.layers!r} matches no dense layer; there are {paths}, …")
     for layer in chosen:
-        layer.adapter = Adapter(layer.kernel[...], config, rngs)
+        layer.adapter = nnx.data(Adapter(layer.kernel[...], config, rngs))
 
 
 def merge_adapters(module: nnx.Module) -> None:
