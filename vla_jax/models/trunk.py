@@ -85,7 +85,8 @@ class TrunkBlock(nnx.Module):
         return x + self.mlp(self.mlp_norm(x))
 
     def __call__(self, x: Float[Array, "B T D"], mask: Mask, rotary: Rotation) -> Float[Array, "B T D"]:
-        return self.look(x, *self.keys_values(x, rotary), mask, rotary)
+        x = x + self.attention(self.attention_norm(x), mask, rotary)
+        return x + self.mlp(self.mlp_norm(x))
 
 
 class Trunk(nnx.Module):

@@ -179,11 +179,12 @@ def _sharding(spec: PartitionSpec, mesh: Mesh | None) -> Sharding:
 
 
 def _place_tensor(tensor: Tensor, row: Row, specs: Mapping[str, PartitionSpec], mesh: Mesh | None) -> Array:
-    """A tensor of a file on the devices: split as the parameter will be, where it holds one, else on all of them."""
-    spec = PartitionSpec()
-    if mesh is not None and len(row.paths) == 1:
-        own = (*specs[row.paths[0]],)[1 if row.stacked else 0 :]
-        spec = {"same": own, "matrix": own[::-1] + (None,) * (len(row.inputs) - 1), "pixels": ()}[row.form]
+    """A tensor of a file on the devices: split as its parameter will be, where it holds one in one matrix, else on all
+    of them."""
+    spec = ()
+    if mesh is not None and len(row.paths) == 1 and not row.inputs:
+        own = tuple(specs[row.paths[0]])[1 if row.stacked else 0 :]
+        spec = own if row.form == "same" else own[::-1]
     return jax.device_put(tensor.read(), _sharding(PartitionSpec(*spec), mesh))
 
 
