@@ -14,6 +14,10 @@ from experiments.study import StudyConfig
 from vla_jax.config import resolve
 from vla_jax.envs.collect import CollectConfig
 from vla_jax.errors import UserError
+from vla_jax.models.normalizer import DataFacts
+from vla_jax.models.policy import Policy
+from vla_jax.training.optimizer import learning_rate_scales
+from vla_jax.training.state import abstract
 from vla_jax.training.train_config import TrainConfig
 
 
@@ -37,9 +41,30 @@ def test_arms_resolve(arm):
     assert config.arm == arm
 
 
+@pytest.mark.parametrize("name", ["bayesianvla_qwen3vl_4b", "bayesianvla_paligemma"])
+@pytest.mark.parametrize("argument", ["bayesianvla", "qwen_groot", "bayesianvla,frozen", "bayesianvla,lora"])
+def test_policies_on_released_models_are_complete(name, argument):
+    config = resolve(TrainConfig, importlib.import_module(f"configs.{name}").get_config(argument))
+    facts = DataFacts(100, 24, 224, (-1.0,) * 7, (1.0,) * 7, (-1.0,), (1.0,))
+    _, shapes, _ = abstract(lambda rngs: Policy(config.policy, facts, rngs))
+    assert (config.policy.queries, config.policy.chunk, config.policy.expert.depth) == (64, 16, 16)
+    assert ("queries" in shapes) == (argument != "qwen_groot")
+    scales = learning_rate_scales(config.optimizer, shapes)
+    billions = {factor: sum(shapes[p].size for p in shapes if scales[p] == factor) / 1e9 for factor in (0.0, 0.1, 1.0)}
+    expert = sum(leaf.size for path, leaf in shapes.items() if path.startswith("expert/")) / 1e9
+    assert 0.13 < expert < 0.2
+    if argument.endswith("lora"):
+        assert 0.01 < billions[1.0] - expert < 0.05 and billions[0.0] > 2.8
+    else:
+        assert billions[1.0] == pytest.approx(expert) and billions[0.1] > 1.9
+        assert (billions[0.0] > 0.4) == argument.endswith("frozen")
+
+
 def test_a_misspelt_arm_gets_a_suggestion():
     with pytest.raises(UserError, match="bayesianvla"):
         importlib.import_module("configs.train").get_config("bayesanvla")
+    with pytest.raises(UserError, match="unknown mode 'lorra'.*lora"):
+        importlib.import_module("configs.bayesianvla_paligemma").get_config("bayesianvla,lorra")
 
 
 @pytest.mark.parametrize("name", ["quickstart", "overnight"])

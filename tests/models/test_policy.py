@@ -162,7 +162,7 @@ def test_the_expert_sees_the_latent_queries_and_nothing_else(observation):
 
 
 def test_scan_remat_and_the_unrolled_loop_agree(observation):
-    looped = [dataclasses.replace(part, scan=True, remat=True) for part in (VISION, TRUNK, EXPERT)]
+    looped = [dataclasses.replace(part, scan=True, remat="all") for part in (VISION, TRUNK, EXPERT)]
     policy = make_policy(vision=looped[0], trunk=looped[1], expert=looped[2])
     np.testing.assert_allclose(
         act(policy, observation, TOKENS, TOKENS > 0), act(make_policy(), observation, TOKENS, TOKENS > 0), atol=1e-4

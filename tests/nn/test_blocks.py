@@ -1,16 +1,19 @@
 """Each block against its formula."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from vla_jax.errors import UserError
 from vla_jax.nn.attention import Attention, Block, attend, attend_in_blocks
 from vla_jax.nn.dense import Dense
-from vla_jax.nn.mlp import GeluMLP, SwiGLU
+from vla_jax.nn.mlp import GatedMLP, GeluMLP
 from vla_jax.nn.norm import LayerNorm, RMSNorm
-from vla_jax.nn.rotary import rotate, rotation
+from vla_jax.nn.rotary import interleaved_rotation, plane_rotation, rotate, rotation
 from vla_jax.nn.stack import Stack
 
 
@@ -125,7 +128,7 @@ def test_rotation_keeps_length_and_depends_on_distance_only():
 
 def test_feed_forward_layers():
     x = normal(2, 3, 4)
-    gelu, swiglu = GeluMLP(4, 6, rngs=nnx.Rngs(0)), SwiGLU(4, 6, rngs=nnx.Rngs(1))
+    gelu, swiglu = GeluMLP(4, 6, rngs=nnx.Rngs(0)), GatedMLP(4, 6, "silu", rngs=nnx.Rngs(1))
     up = x @ np.asarray(gelu.up.kernel[...])
     tanh_gelu = 0.5 * up * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3)))
     close(gelu(x), tanh_gelu @ np.asarray(gelu.down.kernel[...]))
@@ -142,7 +145,7 @@ class Layer(nnx.Module):
         return x + jnp.tanh(self.dense(x)) * each + shared
 
 
-@pytest.mark.parametrize("scan, remat", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("scan, remat", [(True, "none"), (False, "all"), (True, "dense")])
 def test_scan_and_remat_change_nothing(scan, remat):
     x, each = normal(2, 4), normal(3, 1, seed=1)
 
@@ -155,9 +158,71 @@ def test_scan_and_remat_change_nothing(scan, remat):
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(state, each)
 
-    jax.tree.map(lambda a, b: close(a, b, 1e-4), run(scan, remat), run(False, False))
+    jax.tree.map(lambda a, b: close(a, b, 1e-4), run(scan, remat), run(False, "none"))
 
 
 def test_layers_of_a_stack_differ():
-    kernel = Stack(Layer, 2, scan=False, remat=False, rngs=nnx.Rngs(0)).layers.dense.kernel[...]
+    kernel = Stack(Layer, 2, scan=False, remat="none", rngs=nnx.Rngs(0)).layers.dense.kernel[...]
     assert kernel.shape == (2, 4, 4) and not np.allclose(kernel[0], kernel[1])
+
+
+def test_gemmas_norm_keeps_scale_minus_one():
+    x = normal(4, 8)
+    norm, plain = RMSNorm(8, offset=1.0), RMSNorm(8)
+    close(norm(x), plain(x))
+    norm.scale[...], plain.scale[...] = jnp.arange(8.0), 1 + jnp.arange(8.0)
+    close(norm(x), plain(x))
+
+
+def test_geglu_and_the_exact_gelu():
+    x = normal(2, 3, 4)
+    geglu, gelu = GatedMLP(4, 6, "gelu", rngs=nnx.Rngs(0)), GeluMLP(4, 6, 5, exact=True, rngs=nnx.Rngs(1))
+    gate, up, down = (np.asarray(part.kernel[...]) for part in (geglu.gate, geglu.up, geglu.down))
+    hidden = x @ gate
+    tanh_gelu = 0.5 * hidden * (1 + np.tanh(np.sqrt(2 / np.pi) * (hidden + 0.044715 * hidden**3)))
+    close(geglu(x), (tanh_gelu * (x @ up)) @ down)
+    hidden = x @ np.asarray(gelu.up.kernel[...])
+    error_function = np.vectorize(math.erf)(hidden / np.sqrt(2))
+    close(gelu(x), (0.5 * hidden * (1 + error_function)) @ np.asarray(gelu.down.kernel[...]), 1e-6)
+    assert gelu(x).shape == (2, 3, 5)
+
+
+def test_positions_in_time_height_and_width_take_turns():
+    position = np.random.default_rng(0).integers(0, 50, (2, 3, 5))
+    table = interleaved_rotation(position, 16, 1e4, (4, 2, 2))
+    for channel, axis in enumerate([0, 1, 2, 0, 1, 2, 0, 0]):  # t h w t h w, then t alone
+        angle = position[:, axis] * 1e4 ** (-channel / 8)
+        close(table.cos[..., channel], np.cos(angle), 1e-5)
+        close(table.sin[..., channel], np.sin(angle), 1e-5)
+    traced = jax.jit(lambda p: interleaved_rotation(p, 16, 1e4, (4, 2, 2)))(position)
+    close(traced.cos, table.cos, 1e-4)
+    line = rotation(np.arange(5), 16, 1e4)
+    close(interleaved_rotation(np.broadcast_to(np.arange(5), (3, 5)), 16, 1e4, (4, 2, 2)).sin, line.sin)
+
+
+def test_rows_and_columns_turn_half_of_the_angles_each():
+    place = np.array([[0, 0, 1, 1], [0, 1, 0, 1]])
+    table = plane_rotation(place, 8)
+    assert table.cos.shape == (4, 4)
+    close(table.sin[:, :2], np.sin(place[0][:, None] * np.array([1.0, 0.01])))
+    close(table.sin[:, 2:], np.sin(place[1][:, None] * np.array([1.0, 0.01])))
+
+
+def test_each_sample_can_have_positions_of_its_own():
+    x, position = normal(2, 5, 3, 8), np.array([np.arange(5), 3 * np.arange(5)])
+    turned = rotate(x, rotation(position, 8))
+    for sample in range(2):
+        close(turned[sample], rotate(x[sample : sample + 1], rotation(position[sample], 8))[0])
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_stack_returns_what_its_layers_say(scan):
+    stack, x = Stack(Layer, 3, scan=scan, remat="none", rngs=nnx.Rngs(0)), normal(2, 4)
+    end, seen = stack.run(lambda layer, x, each: (layer(x, each, 0.5), x.sum()), x, jnp.ones((3, 1)))
+    close(end, stack(x, 0.5, each=jnp.ones((3, 1))))
+    assert seen.shape == (3,) and abs(float(seen[0]) - x.sum()) < 1e-5
+
+
+def test_remat_is_named():
+    with pytest.raises(UserError, match="none, all, dense, got 'some'"):
+        Stack(Layer, 1, scan=False, remat="some", rngs=nnx.Rngs(0))

@@ -198,3 +198,32 @@ def test_words_alone_see_neither_the_image_nor_another_branch():
     ).all()
     assert list(layout.sight.position) == [0, 1, 2, 3, 5, 0, 1, 2], "a blind branch begins at the beginning"
     assert layout.predecessor("words/text") == 5
+
+
+def test_pictures_are_placed_in_height_and_width():
+    prefix = (Span("word", 1, 0), Span("image", 6, 0, grid=(2, 3)), Span("word", 1, 0, name="after"))
+    layout = branched(prefix, queries=1, text=1, room=2, branches=("prior", "posterior"))
+    time, height, width = layout.places
+    picture = layout["image"]
+    assert list(time[picture]) == [1] * 6
+    assert list(height[picture]) == [1, 1, 1, 2, 2, 2] and list(width[picture]) == [1, 2, 3, 1, 2, 3]
+    rest = [0, 4, 5, 6, 5, 7]  # the picture takes up as many places as its longer side
+    for axis in layout.places:
+        assert list(np.delete(axis, np.arange(picture.start, picture.stop))) == rest
+    assert list(layout.sight.position[:8]) == list(range(8)), "who sees whom still goes by the order of tokens"
+    with pytest.raises(UserError, match="no grid"):
+        Span("image", 5, 0, grid=(2, 3))
+
+
+def test_a_prefix_can_see_itself_both_ways():
+    prefix = (Span("image", 2, 0, bidirectional=True), Span("word", 1, 0))
+    layout = branched(prefix, queries=1, text=1, room=1, branches=("posterior",))
+    assert (
+        layout.mask
+        == drawn("""
+        ###..
+        ###..
+        ###..
+        ####.
+        #####""")
+    ).all()

@@ -76,6 +76,10 @@ def other_dataset(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def config(dataset) -> TrainConfig:
+    return tiny_config(dataset)
+
+
+def tiny_config(dataset: Path) -> TrainConfig:
     """Ten steps of a very small BayesianVLA policy."""
     return TrainConfig(
         data=DataConfig(directory=str(dataset), batch_size=4, chunk=2, held_out_fraction=0.3, threads=1, prefetch=1),

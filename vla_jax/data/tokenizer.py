@@ -1,4 +1,5 @@
-"""Words to numbers: a word-level tokenizer trained on the sentences that the instruction templates can make.
+"""Words to numbers: a word-level tokenizer trained on the sentences that the instruction templates can make, or that of
+a pretrained model.
 
 Case, extra spaces and punctuation do not matter. Number 0 is padding. A word that the tokenizer does not know is an
 error and never a token, because a policy that silently reads "unknown" where the object should be has been told
@@ -45,13 +46,15 @@ def encode(
     tokens = np.full((len(texts), length), PAD_ID, np.int32)
     mask = np.zeros((len(texts), length), bool)
     unknown = tokenizer.token_to_id(UNKNOWN)
-    for row, (text, encoding) in enumerate(zip(texts, tokenizer.encode_batch(list(texts)), strict=True)):
-        if unknown in encoding.ids:
+    for row, (text, encoding) in enumerate(
+        zip(texts, tokenizer.encode_batch(list(texts), add_special_tokens=False), strict=True)
+    ):
+        if unknown is not None and unknown in encoding.ids:
             start, end = encoding.offsets[encoding.ids.index(unknown)]
             raise UserError(_unknown_word(tokenizer, text[start:end], text))
         count = len(encoding.ids)
         if count > length:
-            raise UserError(f"the instruction {text!r} has {count} words and at most {length} fit; shorten it.")
+            raise UserError(f"the instruction {text!r} has {count} tokens and at most {length} fit; shorten it.")
         tokens[row, :count] = encoding.ids
         mask[row, :count] = True
     return tokens, mask
@@ -73,12 +76,13 @@ def from_json(text: str) -> Tokenizer:
     """The tokenizer of a tokenizer.json text.
 
     Raises:
-        UserError: the text is not a tokenizer, or one without this module's padding and unknown tokens.
+        UserError: the text is not a tokenizer, or a word-level one without this module's padding and unknown tokens.
     """
     try:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"not the text of a tokenizer.json file ({error}); use the one saved with the data.") from error
-    if tokenizer.token_to_id(PAD) != PAD_ID or tokenizer.token_to_id(UNKNOWN) is None:
+    of_words = isinstance(tokenizer.model, models.WordLevel)
+    if of_words and (tokenizer.token_to_id(PAD) != PAD_ID or tokenizer.token_to_id(UNKNOWN) is None):
         raise UserError(f"this tokenizer lacks {PAD} as number {PAD_ID} or {UNKNOWN}; use the one saved with the data.")
     return tokenizer

@@ -42,7 +42,7 @@ class ExpertConfig:
     state_token: bool = True
     dropout: float = 0.0
     scan: bool = False
-    remat: bool = False
+    remat: str = "none"
 
 
 class Condition(NamedTuple):

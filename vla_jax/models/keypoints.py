@@ -61,6 +61,11 @@ class KeypointEncoder(nnx.Module):
         """Number of tokens for all views together."""
         return len(self.views) * self.config.points
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Keypoints lie in no order: one row."""
+        return 1, self.config.points
+
     def __call__(self, images: dict[str, UInt8[Array, "B height width 3"]]) -> Float[Array, "B T D"]:
         """All views' tokens, view after view."""
         pixels = stack_views(images, self.views, self.image_size)

@@ -24,20 +24,30 @@ from vla_jax.models.actions import ActionReader
 from vla_jax.models.expert import ActionExpert, Condition, ExpertConfig
 from vla_jax.models.keypoints import KeypointConfig, KeypointEncoder
 from vla_jax.models.normalizer import DataFacts, Normalizer
+from vla_jax.models.qwen_vision import QwenViews, QwenVisionConfig
 from vla_jax.models.trunk import Trunk, TrunkConfig
 from vla_jax.models.vision import VisionConfig, VisionEncoder
+from vla_jax.models.words import Words
+from vla_jax.nn.lora import LoraConfig, add_adapters
 from vla_jax.sequence.layouts import branched
-from vla_jax.sequence.spans import Layout
+from vla_jax.sequence.spans import Layout, Span
 
 PAD_ID = 0  # of the tokenizer
 LANGUAGE_MODEL = ("vision", "words", "trunk")  # the parts that have nothing to do with actions
 # name: (module, the field of PolicyConfig that holds its settings)
-ENCODERS = {"vit": (VisionEncoder, "vision"), "keypoints": (KeypointEncoder, "keypoints")}
+ENCODERS = {
+    "vit": (VisionEncoder, "vision"),
+    "keypoints": (KeypointEncoder, "keypoints"),
+    "qwen3_vl": (QwenViews, "qwen_vision"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyConfig:
-    """encoder: "vit" (set up by `vision`) or "keypoints" (by `keypoints`).
+    """encoder: "vit" (set up by `vision`), "keypoints" (by `keypoints`) or "qwen3_vl" (by `qwen_vision`).
+    vocabulary, tied, word_scale: see `models.words`; 0 words are those of the tokenizer.
+    opening, closing: ids of the words before and after all pictures; brackets: of one before and one after each.
+    image_bidirectional: picture tokens see all picture tokens, not only those before them.
     conditioning: "queries" (the expert sees the latent queries only) or "tokens" (it sees all of [v, l], and there are
     no queries: the usual baseline). read_actions: the trunk can read an action chunk (branch "action" of `encode`).
     dtype: of the computation; parameters are float32."""
@@ -45,13 +55,22 @@ class PolicyConfig:
     encoder: str = "vit"
     vision: VisionConfig = VisionConfig()
     keypoints: KeypointConfig = KeypointConfig()
+    qwen_vision: QwenVisionConfig = QwenVisionConfig()
     trunk: TrunkConfig = TrunkConfig()
     expert: ExpertConfig = ExpertConfig()
+    vocabulary: int = 0
+    tied: bool = True
+    word_scale: float = 1.0
+    opening: tuple[int, ...] = ()
+    brackets: tuple[int, ...] = ()
+    closing: tuple[int, ...] = ()
+    image_bidirectional: bool = False
     views: tuple[str, ...] = ("front", "wrist")
     queries: int = 8
     chunk: int = 8
     conditioning: str = "queries"
     read_actions: bool = False
+    lora: LoraConfig = LoraConfig()
     dtype: str = "float32"
 
 
@@ -77,7 +96,7 @@ class Reading(NamedTuple):
     predictors: Float[Array, "B L D"]
 
 
-class Policy(nnx.Module):
+class Policy(Words):
     """Embed, encode, velocity, sample, act."""
 
     def __init__(self, config: PolicyConfig, facts: DataFacts, rngs: nnx.Rngs):
@@ -87,12 +106,15 @@ class Policy(nnx.Module):
             raise UserError(f"conditioning must be 'queries' or 'tokens', got {config.conditioning!r}")
         if config.conditioning == "queries" and config.queries < 1:
             raise UserError(f"conditioning = 'queries' needs at least one latent query, got queries = {config.queries}")
+        if len(config.brackets) not in (0, 2):
+            raise UserError(f"policy.brackets must be two word ids or none, got {config.brackets}")
         D, dtype = config.trunk.width, config.dtype
         self.config, self.facts = config, facts
         self.normalizer = Normalizer(facts)
         encoder, settings = ENCODERS[config.encoder]
         self.vision = encoder(getattr(config, settings), facts.image_size, config.views, D, dtype=dtype, rngs=rngs)
-        self.words = nnx.Param(jax.random.normal(rngs.params(), (facts.vocabulary, D)) * D**-0.5)
+        vocabulary = config.vocabulary or facts.vocabulary
+        super().__init__(vocabulary, D, tied=config.tied, scale=config.word_scale, dtype=dtype, rngs=rngs)
         self.trunk = Trunk(config.trunk, dtype=dtype, rngs=rngs)
         queries = jax.random.normal(rngs.params(), (config.queries, D)) * D**-0.5
         self.queries = nnx.Param(queries) if config.conditioning == "queries" else None
@@ -107,20 +129,31 @@ class Policy(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
+        if config.lora.rank:
+            add_adapters(self, config.lora, rngs)
 
     def embed(
         self, images: dict[str, Array], tokens: Int[Array, "B L"], chunk: Chunk | None = None
-    ) -> dict[str, Float[Array, "B T D"]]:
-        """One embedding array for each kind of span."""
-        image = self.vision(images)
-        parts = {"image": image, "text": self.words[...][tokens].astype(image.dtype)}
+    ) -> tuple[dict[str, Float[Array, "B T D"]], Float[Array, "n B T D"] | None]:
+        """Embeddings by the name or the kind of their span, and the taps of all image tokens, where there are any."""
+        seen = self.vision(images)
+        image, taps = seen if isinstance(seen, tuple) else (seen, None)
+        parts = {"text": self.embed_words(tokens).astype(image.dtype)}
+        for view, where in self._views:
+            parts[f"image/{view}"] = image[:, where]
         if self.queries is not None:
             parts["query"] = jnp.broadcast_to(self.queries[...].astype(image.dtype), (len(tokens), *self.queries.shape))
         # Padding's word is never read, so it can stand for the start.
-        parts["start"] = jnp.broadcast_to(self.words[PAD_ID].astype(image.dtype), (len(tokens), 1, image.shape[-1]))
+        parts["start"] = self.embed_words(jnp.full((len(tokens), 1), PAD_ID)).astype(image.dtype)
         if chunk is not None:
             parts["action"] = self.reader(*chunk).astype(image.dtype)
-        return parts
+        opening, brackets, closing = self.config.opening, self.config.brackets, self.config.closing
+        around = {"opening": opening, "before": brackets[:1], "after": brackets[1:], "closing": closing}
+        for name, ids in around.items():
+            if ids:
+                embedded = self.embed_words(jnp.array(ids, jnp.int32)).astype(image.dtype)
+                parts[name] = jnp.broadcast_to(embedded, (len(tokens), *embedded.shape))
+        return parts, taps
 
     def layout(self, text: int, branches: tuple[str, ...]) -> Layout:
         """The sequence for instructions padded to `text` tokens."""
@@ -132,7 +165,26 @@ class Policy(nnx.Module):
             raise UserError(f"instructions of {text} tokens; this policy was made for at most {self.facts.max_tokens}")
         queries = 0 if self.queries is None else self.config.queries
         room = self.facts.max_tokens
-        return branched(self.vision.tokens, queries, text, room, tuple(branches), actions=self.config.chunk)
+        return branched(self._prefix(), queries, text, room, tuple(branches), actions=self.config.chunk)
+
+    @property
+    def _views(self) -> list[tuple[str, slice]]:
+        """Where the tokens of each view lie among those of the encoder."""
+        each = self.vision.tokens // len(self.config.views)
+        return [(view, slice(index * each, (index + 1) * each)) for index, view in enumerate(self.config.views)]
+
+    def _prefix(self) -> tuple[Span, ...]:
+        """The spans that all branches share: the pictures, with words around them where the model is used to it."""
+        config = self.config
+        grid = self.vision.grid if config.trunk.rope_sections else None
+        spans = [Span("opening", len(config.opening), segment=0)] if config.opening else []
+        for view, where in self._views:
+            size = where.stop - where.start
+            picture = Span("image", size, 0, bidirectional=config.image_bidirectional, grid=grid, name=f"image/{view}")
+            before, after = (Span(kind, 1, 0, name=f"{kind}/{view}") for kind in ("before", "after"))
+            spans += [before, picture, after] if config.brackets else [picture]
+        closing = [Span("closing", len(config.closing), segment=0)] if config.closing else []
+        return (*spans, *closing)
 
     def encode(
         self,
@@ -148,13 +200,16 @@ class Policy(nnx.Module):
         chunk: the actions that the branch "action" reads.
         """
         layout = self.layout(tokens.shape[1], branches)
-        parts = self.embed(images, tokens, chunk)
-        sequence = jnp.concatenate([parts[span.kind] for span in layout.spans], 1)
+        parts, taps = self.embed(images, tokens, chunk)
+        sequence = jnp.concatenate([parts.get(span.name, parts.get(span.kind)) for span in layout.spans], 1)
         everything = jnp.ones((len(tokens), 1), bool)
         valid = jnp.concatenate(
             [token_mask if span.kind == "text" else jnp.repeat(everything, span.length, 1) for span in layout.spans], 1
         )
-        hidden = self.trunk(sequence, layout, valid)
+        if taps is not None:
+            taps = self._spread(taps, layout)
+        position = layout.places if self.config.trunk.rope_sections else None
+        hidden = self.trunk(sequence, layout, valid, position, taps)
         return {branch: self._reading(hidden, valid, layout, branch) for branch in branches}
 
     def _reading(self, hidden, valid, layout: Layout, branch: str) -> Reading:
@@ -166,11 +221,16 @@ class Policy(nnx.Module):
             return Reading(hidden[:, : text.stop], valid[:, : text.stop], predictors)
         return Reading(hidden[:, layout[f"{branch}/query"]], None, predictors)
 
-    def word_logits(self, predictors: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
-        """Next-token logits, by the transposed word embedding; float32."""
-        B, L, D = predictors.shape
-        words = self.words[...].astype(predictors.dtype)
-        return (predictors.reshape(-1, D) @ words.T).reshape(B, L, -1).astype(jnp.float32)
+    def _spread(self, taps: Float[Array, "n B S D"], layout: Layout) -> Float[Array, "n B T D"]:
+        """The taps of image tokens at their places in the sequence, nothing elsewhere."""
+        views = {f"image/{view}": where for view, where in self._views}
+
+        def part(span: Span) -> Float[Array, "n B T D"]:
+            if span.name in views:
+                return taps[:, :, views[span.name]]
+            return jnp.zeros((*taps.shape[:2], span.length, taps.shape[-1]), taps.dtype)
+
+        return jnp.concatenate([part(span) for span in layout.spans], 2)
 
     def condition(self, reading: Reading, state: Float[Array, "B F"]) -> Condition:
         """What the expert gets to see. state: proprioception in SI units."""

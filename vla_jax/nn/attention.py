@@ -48,6 +48,9 @@ class Block(NamedTuple):
     mask: Bool[Array, "#B T S"]
 
 
+Mask = Bool[Array, "#B #T S"] | tuple[Block, ...] | None
+
+
 def attend_in_blocks(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
@@ -74,6 +77,7 @@ class Attention(nnx.Module):
         kv_heads: int | None = None,
         context_width: int | None = None,
         qk_norm: bool = False,
+        epsilon: float = 1e-6,
         bias: bool = True,
         dtype: str = "float32",
         rngs: nnx.Rngs,
@@ -86,8 +90,8 @@ class Attention(nnx.Module):
         self.key = Dense(context_width, kv_heads * head_width, **options)
         self.value = Dense(context_width, kv_heads * head_width, **options)
         self.output = Dense(heads * head_width, width, **options)
-        self.query_norm = RMSNorm(head_width) if qk_norm else None
-        self.key_norm = RMSNorm(head_width) if qk_norm else None
+        self.query_norm = RMSNorm(head_width, epsilon) if qk_norm else None
+        self.key_norm = RMSNorm(head_width, epsilon) if qk_norm else None
         self.head_width = head_width
 
     def keys_values(
@@ -104,7 +108,7 @@ class Attention(nnx.Module):
         x: Float[Array, "B T D"],
         key: Float[Array, "B S K H"],
         value: Float[Array, "B S K H"],
-        mask: Bool[Array, "#B #T S"] | tuple[Block, ...] | None = None,
+        mask: Mask = None,
         rotary: Rotation | None = None,
     ) -> Float[Array, "B T D"]:
         """Look from x at given keys and values, everywhere or as `mask` says."""
@@ -119,7 +123,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        mask: Bool[Array, "#B #T T"] | tuple[Block, ...] | None = None,
+        mask: Mask = None,
         rotary: Rotation | None = None,
     ) -> Float[Array, "B T D"]:
         """Self-attention."""

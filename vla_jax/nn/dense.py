@@ -21,12 +21,16 @@ class Dense(nnx.Module):
     def __init__(self, inputs: int, outputs: int, *, bias: bool = True, dtype: str = "float32", rngs: nnx.Rngs):
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), (inputs, outputs), jnp.float32) * inputs**-0.5)
         self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32)) if bias else None
+        self.adapter: nnx.Module | None = None  # see `nn.lora`
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
         """Shapes: [..., inputs] -> [..., outputs], in `dtype`."""
         kernel = self.kernel[...].astype(self.dtype)
-        y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel
+        flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+        y = flat @ kernel
+        if self.adapter is not None:
+            y = y + self.adapter(flat)
         if self.bias is not None:
             y = y + self.bias[...].astype(self.dtype)
         return y.reshape(*x.shape[:-1], kernel.shape[-1])

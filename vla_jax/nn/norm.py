@@ -12,16 +12,16 @@ from jaxtyping import Array, Float
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale (arXiv 1910.07467)."""
+    """x / rms(x) * (offset + scale) (arXiv 1910.07467). Gemma keeps scale - 1 as its parameter: offset 1."""
 
-    def __init__(self, width: int, epsilon: float = 1e-6):
-        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
-        self.epsilon = epsilon
+    def __init__(self, width: int, epsilon: float = 1e-6, offset: float = 0.0):
+        self.scale = nnx.Param(jnp.full((width,), 1 - offset, jnp.float32))
+        self.epsilon, self.offset = epsilon, offset
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         y = x.astype(jnp.float32)
         y = y * lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.epsilon)
-        return (y * self.scale[...]).astype(x.dtype)
+        return (y * (self.offset + self.scale[...].astype(jnp.float32))).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -33,7 +33,8 @@ class LayerNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return (standardize(x, self.epsilon) * self.scale[...] + self.bias[...]).astype(x.dtype)
+        scale, bias = self.scale[...].astype(jnp.float32), self.bias[...].astype(jnp.float32)
+        return (standardize(x, self.epsilon) * scale + bias).astype(x.dtype)
 
 
 def standardize(x: Float[Array, "*B D"], epsilon: float = 1e-6) -> Float[Array, "*B D"]:

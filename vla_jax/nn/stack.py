@@ -13,33 +13,47 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from vla_jax.errors import UserError
+
+# What the backward pass keeps of a layer's activations, and computes again otherwise: everything, nothing but the
+# layer's input, or the results of the dense layers (cheap to keep, dear to compute).
+REMAT = {"none": None, "all": None, "dense": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
 
 class Stack(nnx.Module):
     """`depth` layers made by `make(rngs)`; a layer maps (x, each, *shared) to x.
 
     scan: run the layers as one compiled `lax.scan` (compile time and code size do not grow with depth) instead of
         unrolled (faster on a CPU). The parameters are stacked either way, so checkpoints fit both.
-    remat: compute each layer again in the backward pass instead of keeping its activations.
+    remat: what the backward pass computes again instead of keeping it: "none", "all" of a layer, or all but the
+        results of its "dense" layers.
     """
 
-    def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], depth: int, *, scan: bool, remat: bool, rngs: nnx.Rngs):
+    def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], depth: int, *, scan: bool, remat: str, rngs: nnx.Rngs):
+        if remat not in REMAT:
+            raise UserError(f"remat must be one of {', '.join(REMAT)}, got {remat!r}")
         self.layers = nnx.vmap(make)(rngs.split(depth))
         self.depth, self.scan, self.remat = depth, scan, remat
 
     def __call__(self, x: jax.Array, *shared: Any, each: Any = None) -> jax.Array:
         """Pass x through all layers. each: a pytree of arrays with leading axis `depth`, one slice for each layer;
         shared: the same for all layers."""
+        return self.run(lambda layer, x, each: (layer(x, each, *shared), None), x, each)[0]
 
-        def apply(x, layer, each):
-            return layer(x, each, *shared)
-
-        if self.remat:
-            apply = jax.checkpoint(apply, prevent_cse=not self.scan)
+    def run(
+        self, apply: Callable[[nnx.Module, Any, Any], tuple[Any, Any]], x: Any, each: Any = None
+    ) -> tuple[Any, Any]:
+        """`apply` maps (layer, x, its slice of each) to (x for the next layer, a result of its own). Returns the last x
+        and the results of all layers, stacked on a leading axis. x is any pytree."""
+        if self.remat != "none":
+            apply = jax.checkpoint(apply, policy=REMAT[self.remat], prevent_cse=not self.scan)
         if self.scan:
-            return lax.scan(lambda x, inputs: (apply(x, *inputs), None), x, (self.layers, each))[0]
+            return lax.scan(lambda x, inputs: apply(inputs[0], x, inputs[1]), x, (self.layers, each))
+        results = []
         for index in range(self.depth):
-            x = apply(x, *_at(index, (self.layers, each)))
-        return x
+            x, result = apply(_at(index, self.layers), x, _at(index, each))
+            results.append(result)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
 
     def map(self, function: Callable[[nnx.Module], Any]) -> Any:
         """`function` of every layer, the results stacked on a leading axis."""

@@ -14,7 +14,9 @@ BRANCHES = {
 }
 
 
-def branched(image: int, queries: int, text: int, room: int, branches: tuple[str, ...], actions: int = 0) -> Layout:
+def branched(
+    image: int | tuple[Span, ...], queries: int, text: int, room: int, branches: tuple[str, ...], actions: int = 0
+) -> Layout:
     """Image prefix followed by some orderings of queries, text and actions that do not see each other.
 
     Prior: v, Q, l, where Q sees only the image and l sees both (BayesianVLA / LangForce, arXiv 2601.15197, Sec. 3.2).
@@ -23,7 +25,8 @@ def branched(image: int, queries: int, text: int, room: int, branches: tuple[str
     Words: s, l, the instruction alone after a token that starts it; neither sees the image.
     Every token keeps the position that it would have with its branch alone.
 
-    image, queries, text, actions: numbers of tokens. room: positions reserved for the text (>= text), so that the
+    image: number of tokens, or the spans of the shared prefix, all in segment 0. queries, text, actions: numbers of
+    tokens. room: positions reserved for the text (>= text), so that the
     position of the posterior's queries does not depend on how far a batch is padded. queries = 0 leaves the queries
     out.
     """
@@ -31,7 +34,7 @@ def branched(image: int, queries: int, text: int, room: int, branches: tuple[str
     if unknown or not branches:
         raise UserError(f"branches must be some of {tuple(BRANCHES)}, got {branches}")
     lengths, reserve = {"query": queries, "text": text, "action": actions, "start": 1}, {"text": room}
-    spans = [Span("image", image, segment=0)]
+    spans = [Span("image", image, segment=0)] if isinstance(image, int) else list(image)
     for name, (branch, order) in BRANCHES.items():
         spans += [
             Span(

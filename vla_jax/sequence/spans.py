@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +36,7 @@ class Span:
     reserve: positions set aside for the span (default: its length), so that what follows stays at the same
         position however far the span is padded.
     copies: name of an earlier span whose positions this one repeats (the noisy copy of a clean block).
+    grid: rows and columns of a picture's tokens, for trunks that place pictures in height and width (`places`).
     name: unique in a layout; defaults to the kind.
     """
 
@@ -48,6 +50,7 @@ class Span:
     siblings: int = -1
     reserve: int | None = None
     copies: str | None = None
+    grid: tuple[int, int] | None = None
     name: str = ""
 
     def __post_init__(self):
@@ -55,6 +58,8 @@ class Span:
             object.__setattr__(self, "name", self.kind)
         if self.reserve is not None and self.reserve < self.length:
             raise UserError(f"span {self.name!r} has {self.length} tokens but only {self.reserve} reserved positions")
+        if self.grid is not None and self.grid[0] * self.grid[1] != self.length:
+            raise UserError(f"span {self.name!r} has {self.length} tokens, which are no grid of {self.grid}")
 
     @property
     def reach(self) -> tuple[int, ...]:
@@ -120,13 +125,31 @@ class Layout:
     @functools.cached_property
     def starts(self) -> dict[str, int]:
         """The position of each span's first token: right after all earlier spans that its branch can see."""
+        return self._starts(lambda span: span.reserve or span.length)
+
+    def _starts(self, extent: Callable[[Span], int]) -> dict[str, int]:
+        """`starts`, where a span takes up `extent` positions."""
         starts: dict[str, int] = {}
         ends: list[tuple[int, int]] = []
         for span in self.spans:
             follows = max((end for branch, end in ends if branch in span.reach), default=0)
             starts[span.name] = starts[span.copies] if span.copies else follows
-            ends.append((span.branch, starts[span.name] + (span.reserve or span.length)))
+            ends.append((span.branch, starts[span.name] + extent(span)))
         return starts
+
+    @functools.cached_property
+    def places(self) -> Int[np.ndarray, "3 T"]:
+        """Time, height and width of every token (M-RoPE, arXiv 2409.12191).
+
+        A picture stands still in time, counts its rows and columns, and takes up as many positions as its longer side
+        has tokens. All else counts up in the three alike.
+        """
+        starts = self._starts(lambda span: max(span.grid) if span.grid else span.reserve or span.length)
+        columns = []
+        for span in self.spans:
+            within = np.indices((1, *span.grid)).reshape(3, -1) if span.grid else np.arange(span.length)[None]
+            columns.append(np.broadcast_to(starts[span.name] + within, (3, span.length)))
+        return np.concatenate(columns, 1).astype(np.int32)
 
     @functools.cached_property
     def sight(self) -> Sight:

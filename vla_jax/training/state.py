@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Int, UInt32
 
-FlatArrays = dict[str, Array]
+from vla_jax.nn.flat import FlatArrays, flatten, unflatten
 
 
 @jax.tree_util.register_dataclass
@@ -25,17 +25,6 @@ class TrainState:
     opt_state: Any
     gate_state: Any  # the objective's own state
     key: UInt32[Array, "2"]  # data of the run's random key; a step uses fold_in(key, step)
-
-
-def flatten(state: nnx.State) -> FlatArrays:
-    """{"trunk/norm/scale": array}"""
-    return {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.pure(state))}
-
-
-def unflatten(flat: FlatArrays) -> nnx.State:
-    """The inverse of `flatten`; numbers in paths are places in lists."""
-    paths = {tuple(int(part) if part.isdigit() else part for part in path.split("/")): path for path in flat}
-    return nnx.from_flat_state([(path, flat[name]) for path, name in paths.items()])
 
 
 def merge(graphdef: nnx.GraphDef, params: FlatArrays, constants: FlatArrays) -> nnx.Module:
@@ -55,13 +44,14 @@ def initial_state(
     seed: int,
     gate_state: Any,
     ema: bool,
+    given: FlatArrays | None = None,
 ) -> TrainState:
-    """The state before the first step, computed in one compiled program."""
+    """The state before the first step, computed in one compiled program. given: parameters that are not random."""
 
-    def init(key: Array) -> TrainState:
+    def init(key: Array, given: FlatArrays) -> TrainState:
         weights_key, run_key = jax.random.split(key)
         _, params, constants = nnx.split(make(nnx.Rngs(weights_key)), nnx.Param, ...)
-        params = flatten(params)
+        params = flatten(params) | {path: leaf.astype(jnp.float32) for path, leaf in given.items()}
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -72,7 +62,7 @@ def initial_state(
             key=jax.random.key_data(run_key),
         )
 
-    return jax.jit(init)(jax.random.key(seed))
+    return jax.jit(init)(jax.random.key(seed), given or {})
 
 
 def trained_module(graphdef: nnx.GraphDef, state: TrainState, averaged: bool = True) -> nnx.Module:

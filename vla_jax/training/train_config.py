@@ -8,12 +8,14 @@ from vla_jax.errors import UserError
 from vla_jax.evaluation.evaluate import EvalConfig
 from vla_jax.losses.objective import LossConfig
 from vla_jax.models.policy import PolicyConfig
+from vla_jax.pretrained.backbone import PretrainedConfig
 from vla_jax.training.optimizer import OptimizerConfig
 
 # What may change when a run is resumed, because no weight depends on it (`steps` moves the end of the schedule).
 FREE_ON_RESUME = (
     "steps", "arm", "eval.", "log_every", "validate_every", "validation_batches", "eval_every", "checkpoint_every",
     "keep_checkpoints", "data.directory", "data.threads", "data.workers", "data.prefetch", "data.cache_mb",
+    "pretrained.directory",
 )  # fmt: skip
 
 
@@ -22,7 +24,7 @@ class TrainConfig:
     """One training run.
 
     Attributes:
-        data, questions, policy, loss, optimizer, eval: see there. `data.batch_size` is the global batch.
+        data, questions, policy, pretrained, loss, optimizer, eval: see there. `data.batch_size` is the global batch.
         init_from: a run from whose vision-language model (`models.policy.LANGUAGE_MODEL`) this one starts; empty: none.
         arm: name of the policy in tables.
         seed: of the first weights and of the noise; the order of the data has its own, `data.seed`.
@@ -37,6 +39,7 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     questions: QuestionConfig = QuestionConfig()
     policy: PolicyConfig = PolicyConfig()
+    pretrained: PretrainedConfig = PretrainedConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     eval: EvalConfig = EvalConfig()

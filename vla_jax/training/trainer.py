@@ -28,6 +28,7 @@ from vla_jax.evaluation.results import save_results, write_atomically
 from vla_jax.losses.llr import initial_gate
 from vla_jax.losses.objective import objective
 from vla_jax.models.policy import LANGUAGE_MODEL
+from vla_jax.pretrained.backbone import load_backbone, policy_on, tokenizer_of
 from vla_jax.training.checkpoints import Checkpoints, contract_id, load_config, load_policy, policy_maker
 from vla_jax.training.loop import Loop, first, mean_losses
 from vla_jax.training.mesh import check_batch_size, make_mesh, place_batch, replicate
@@ -57,13 +58,15 @@ def train(config: TrainConfig, workdir: str | Path, resume: bool = False, resume
     mesh = make_mesh()
     check_batch_size(config.data.batch_size, mesh)
     contract = compute_contract(config.data.directory) if config.data.directory else _no_data()
+    config, contract = on_pretrained(config, contract)
     _check_run_dir(run_dir, config, contract, resume)
     data = _make_data(config, contract, "train")
     graphdef, shapes, _ = abstract(policy_maker(config, contract))
     optimizer = make_optimizer(config.optimizer, config.steps, shapes)
     loss = functools.partial(_objective, config=config.loss)
     averaged = config.optimizer.ema_decay > 0
-    state = initial_state(policy_maker(config, contract), optimizer, config.seed, initial_gate(), averaged)
+    given = _pretrained(config, shapes)
+    state = initial_state(policy_maker(config, contract), optimizer, config.seed, initial_gate(), averaged, given)
     if config.init_from:
         state = start_from(config.init_from, state, contract)
     state = replicate(state, mesh)
@@ -98,6 +101,22 @@ def train(config: TrainConfig, workdir: str | Path, resume: bool = False, resume
         writer.close()
         checkpoints.close()
     return run_dir
+
+
+def on_pretrained(config: TrainConfig, contract: Contract) -> tuple[TrainConfig, Contract]:
+    """The run with the sizes and the tokenizer of its pretrained model, where it starts from one."""
+    directory = config.pretrained.directory
+    if not directory:
+        return config, contract
+    words = dict(tokenizer=tokenizer_of(directory), max_tokens=config.pretrained.max_tokens)
+    policy = policy_on(directory, config.policy)
+    return dataclasses.replace(config, policy=policy), dataclasses.replace(contract, **words)
+
+
+def _pretrained(config: TrainConfig, shapes: dict) -> dict:
+    """The parameters that come from the pretrained model; {} where there is none."""
+    directory = config.pretrained.directory
+    return load_backbone(directory, config.policy, shapes, config.seed) if directory else {}
 
 
 def command_to_resume() -> str:

@@ -1,0 +1,84 @@
+"""What is in a checkpoint of a vision-language model: parameters by module, types, bytes, and whether it would fit.
+
+python -m experiments.inspect DIR
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+import jax
+
+from vla_jax.config import run_entry
+from vla_jax.errors import UserError
+from vla_jax.pretrained.checkpoint import find_tensors
+from vla_jax.pretrained.configs import from_json, read_json
+from vla_jax.pretrained.tables import FAMILIES, Row
+
+GIB = 2**30
+# bytes a parameter: weights, gradient and two Adam moments in float32, and a bfloat16 copy to compute with
+TRAINING_BYTES = 4 * 4 + 2
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints the table of one checkpoint directory."""
+    if len(argv) != 1 or argv[0].startswith("-"):
+        raise UserError("give one checkpoint directory: python -m experiments.inspect DIR")
+    print(describe(argv[0]))
+
+
+def describe(directory: str) -> str:
+    """The table as text. Only headers are read."""
+    source = read_json(directory)
+    config = from_json(source)
+    family = FAMILIES[source["model_type"]]
+    rows = family.table(config)
+    modules = defaultdict(list)
+    for key, tensor in find_tensors(directory).items():
+        modules[_module(family.canonical(key), rows)].append(tensor)
+    lines = [
+        f"{source['model_type']}: computes in {config.dtype}",
+        "",
+        "| module | parameters | type | MiB |",
+        "|---|---|---|---|",
+    ]
+    for module, tensors in sorted(modules.items()):
+        lines.append(f"| {module} | {_line(tensors)} |")
+    every = [tensor for tensors in modules.values() for tensor in tensors]
+    lines += [f"| all | {_line(every)} |", "", *_fits(every)]
+    return "\n".join(lines)
+
+
+def _module(key: str, rows: list[Row]) -> str:
+    """The module, two levels deep, that the tensor belongs to."""
+    for row in rows:
+        before, _, after = row.key.partition("{}")
+        if key == row.key or (row.stacked and key.startswith(before) and key.endswith(after)):
+            return "/".join(row.paths[0].split("/")[:2]) if "/" in row.paths[0] else row.paths[0]
+    return "(unknown)"
+
+
+def _line(tensors: list) -> str:
+    count = sum(math.prod(tensor.shape) for tensor in tensors)
+    types = ", ".join(sorted({str(tensor.dtype) for tensor in tensors}))
+    return f"{count:,} | {types} | {sum(tensor.size for tensor in tensors) / 2**20:,.1f}"
+
+
+def _fits(tensors: list) -> list[str]:
+    """Weights, and full fine-tuning, against the memory of the devices here, where they tell it."""
+    weights = sum(tensor.size for tensor in tensors)
+    training = TRAINING_BYTES * sum(math.prod(tensor.shape) for tensor in tensors)
+    devices = jax.local_devices()
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    lines = [f"weights {weights / GIB:.2f} GiB; full fine-tuning {training / GIB:.2f} GiB and activations"]
+    if limit is None:
+        return [*lines, f"{len(devices)} x {devices[0].device_kind}: the device does not tell its memory"]
+    for what, need in (("the weights", weights), ("full fine-tuning without activations", training)):
+        count = math.ceil(need / limit)
+        verdict = "fits one device" if count == 1 else f"needs {count} devices"
+        lines.append(f"{devices[0].device_kind} ({limit / GIB:.1f} GiB, {len(devices)} here): {what} {verdict}")
+    return lines
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,1 @@
+"""Key tables that load and save other people's checkpoints."""
