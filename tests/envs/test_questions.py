@@ -6,6 +6,7 @@ import pytest
 from vla_jax.data import tokenizer as tokenizers
 from vla_jax.envs import language, questions
 from vla_jax.envs.bias import HELD_OUT_PAIRS, BiasConfig
+from vla_jax.envs.commands import FAMILIES
 from vla_jax.envs.env import EnvConfig
 from vla_jax.envs.questions import BINS, KINDS, Questioner, QuestionStream, ask
 from vla_jax.envs.sampling import SceneConfig
@@ -73,8 +74,21 @@ def test_places_and_names_answer_each_other():
     assert len(where) == 9 and len(what) == 3, "three names fit each object; nothing else is asked about"
 
 
+@pytest.mark.parametrize("task", FAMILIES)
+def test_an_instruction_is_answered_by_the_place_of_its_target(task):
+    answers = {"red": "x6 y22", "cube": "x6 y22", "green": "x16 y19", "ball": "x16 y19"}
+    asked = all_answers("point", task)
+    assert len(asked) > 8 and all(len(question.split()) + 2 <= language.MAX_WORDS for question, _ in asked)
+    for question, answer in asked:
+        words = question[question.index("the") :].split()
+        words = words[2:] if words[1] == "gripper" else words  # "move the gripper to the red cube"
+        words = words[words.index("the") + 1 :]
+        named = [word for word in words[:2] if word in answers]
+        assert not named or answers[named[0]] == answer, question
+
+
 def test_yes_and_no_are_true_and_equally_frequent():
-    asked = [ask("exists", table(), FITS, PIXELS, np.random.default_rng(i)) for i in range(400)]
+    asked = [ask("exists", "reach", table(), FITS, PIXELS, np.random.default_rng(i)) for i in range(400)]
     there = {"is there a red cube", "is there a green ball", "is there a blue cylinder"}
     assert all((question.question in there) == (question.answer == "yes") for question in asked)
     assert 160 < sum(question.answer == "yes" for question in asked) < 240

@@ -128,7 +128,8 @@ def object_phrase(color: int, shape: int, referent: int = 0) -> str:
     return f"the {color_word or name + ' '}object"
 
 
-def _sentence(task_name: str, template: int, target: str, relation: int, goal: int, reference: str) -> str:
+def sentence(task_name: str, template: int, target: str, relation: int, goal: int, reference: str) -> str:
+    """A template with the name of its target, its relation, and its goal: a zone's number or the name of an object."""
     directions = DIRECTIONS if task_name == "push" else RELATIONS
     goal_phrase = ZONE_PHRASES[goal] if task_name == "place_on" else reference
     return templates(task_name)[template].format(object=target, relation=directions[relation], goal=goal_phrase)
@@ -152,7 +153,7 @@ def instructions(task_name: str, scene: Scene, command: Command) -> list[str]:
             raise ValueError(f"row {row}: the referent {REFERENTS[referent]!r} does not single out slot {target}")
         phrase = object_phrase(scene.color[row, target], scene.shape[row, target], referent)
         reference = object_phrase(scene.color[row, goal], scene.shape[row, goal])
-        sentences.append(_sentence(task_name, template, phrase, relation, goal, reference))
+        sentences.append(sentence(task_name, template, phrase, relation, goal, reference))
     return sentences
 
 
@@ -178,7 +179,7 @@ def sentences(task_name: str | None = None) -> tuple[str, ...]:
     ):
         if reference != pair:
             words = object_phrase(*reference) if reference else ""
-            made[_sentence(task_name, template, name, relation, goal, words)] = None
+            made[sentence(task_name, template, name, relation, goal, words)] = None
     return tuple(made)
 
 

@@ -2,6 +2,7 @@
 
     describe                                → a red cube a green ball and a blue cylinder    (from left to right)
     where is the red cube                   → x12 y20                      (its place in the front picture)
+    touch the red cube                      → x12 y20                      (the place of what the instruction is about)
     what is at x12 y20                      → a red cube
     is there a red cube                     → yes, no
     is the red cube left of the green ball  → yes, no
@@ -28,12 +29,13 @@ from vla_jax.envs.bias import BiasConfig
 from vla_jax.envs.camera import project
 from vla_jax.envs.env import EnvConfig, Tabletop
 from vla_jax.envs.sampling import SceneConfig, sample_episode
-from vla_jax.envs.scene import COLORS, RELATION_VECTORS, RELATIONS, SHAPES, VIEWS, Scene
+from vla_jax.envs.scene import COLORS, RELATION_VECTORS, RELATIONS, SHAPES, VIEWS, ZONES, Scene
 from vla_jax.envs.views import cameras_of, observe_images
 from vla_jax.errors import UserError
 
-KINDS = ("describe", "where", "what", "exists", "relation")
-SHARES = (0.2, 0.4, 0.2, 0.1, 0.1)  # of the kinds
+KINDS = ("describe", "where", "point", "what", "exists", "relation")
+SHARES = (0.15, 0.2, 0.3, 0.15, 0.1, 0.1)  # of the kinds
+PLACE_WORDS = 2  # that name a place
 BINS = 32  # places along each side of the picture
 RELATION_MARGIN = 0.03  # metres by which "left of" has to hold, or to fail
 _DOMAIN = 0x9E57  # folded into the seed's key, so that questions never meet the scenes of demonstrations or tests
@@ -70,12 +72,13 @@ def sentences() -> tuple[str, ...]:
 
 def ask(
     kind: str,
+    task_name: str,
     scene: Scene,
     fits: Bool[np.ndarray, "N R"],
     pixels: Float[np.ndarray, "N 2"],
     rng: np.random.Generator,
 ) -> Question:
-    """One question of a kind about one scene (NumPy, no leading axis).
+    """One question of a kind about one scene of a task family (NumPy, no leading axis).
 
     fits: `language.fitting_referents`. pixels: (column, row) of the objects in the front picture, from 0 to 1.
     """
@@ -85,16 +88,30 @@ def ask(
     if kind == "describe":
         *most, last = (name(color[slot], shape[slot]) for slot in objects[np.argsort(-scene.position[objects, 1])])
         return Question(kind, "describe", f"{' '.join(most)} and {last}")
-    if kind == "where":
+    if kind in ("where", "point"):
         weights = np.asarray(language.REFERENT_WEIGHTS) * fits[target]
         referent = rng.choice(len(weights), p=weights / weights.sum())
         phrase = language.object_phrase(color[target], shape[target], referent)
-        return Question(kind, f"where is {phrase}", place(pixels[target]))
+        asked = f"where is {phrase}" if kind == "where" else _instruct(task_name, scene, objects, target, phrase, rng)
+        return Question(kind, asked, place(pixels[target]))
     if kind == "what":
         return Question(kind, f"what is at {place(pixels[target])}", name(color[target], shape[target]))
     if kind == "exists":
         return _ask_exists(scene, objects, target, rng)
     return _ask_relation(scene, objects, target, rng)
+
+
+def _instruct(task_name, scene, objects, target, phrase, rng) -> str:
+    """A sentence of the family about the target, in a training wording that leaves room for the answer."""
+    others = objects[objects != target]
+    goal = rng.choice(others) if task_name == "place_relative" else rng.integers(len(ZONES))
+    relation = rng.integers(len(RELATIONS))
+    reference = language.object_phrase(scene.color[goal], scene.shape[goal])
+    wordings = [
+        language.sentence(task_name, template, phrase, relation, goal, reference)
+        for template in range(*language.template_range(task_name))
+    ]
+    return rng.choice([text for text in wordings if len(text.split()) + PLACE_WORDS <= language.MAX_WORDS])
 
 
 def _ask_exists(scene, objects, target, rng) -> Question:
@@ -165,7 +182,7 @@ class Questioner:
         for index, row in enumerate(rows):
             rng = np.random.default_rng((*self._stream, number, row))
             kinds.append(rng.choice(len(KINDS), p=SHARES))
-            asked = ask(KINDS[kinds[-1]], take(scene, index), fits[index], pixels[index], rng)
+            asked = ask(KINDS[kinds[-1]], self._world[0].task, take(scene, index), fits[index], pixels[index], rng)
             texts.append(f"{asked.question} {asked.answer}")
             lengths.append(len(asked.question.split()))
         tokens, mask = tokenizers.encode(self._tokenizer, texts, self._length)
