@@ -15,6 +15,8 @@ def _loss(prior_weight: float, llr_weight: float, **more) -> dict:
     return {"loss": {"prior_weight": prior_weight, "llr_weight": llr_weight, **more}}
 
 
+_QUESTIONS = {"questions": {"batch_size": 32}}
+
 # An arm is its difference to the defaults. Weights are the paper's: lambda 0.3, beta 0.1.
 ARMS = {
     # the expert attends to every trunk token; there are no latent queries
@@ -43,6 +45,15 @@ ARMS = {
     "balanced": {"data": {"balance": 1.0}, **_loss(0.0, 0.0)},
     # the same with all-token conditioning: are the queries needed?
     "balanced_tokens": {"policy": {"conditioning": "tokens"}, "data": {"balance": 1.0}, **_loss(0.0, 0.0)},
+    # the language model goes on answering questions about the table while it learns to act (envs/questions.py)
+    "cotrained": {"policy": {"conditioning": "tokens"}, **_QUESTIONS, **_loss(0.0, 0.0, question_weight=0.2)},
+    # both
+    "balanced_cotrained": {
+        "policy": {"conditioning": "tokens"},
+        "data": {"balance": 1.0},
+        **_QUESTIONS,
+        **_loss(0.0, 0.0, question_weight=0.2),
+    },
     # never sees the words: trained and driven by the prior branch
     "vision": {**_loss(1.0, 0.0, detach_prior=False), "eval": {"guidance": 0.0}},
 }
