@@ -43,6 +43,7 @@ def mask_of(prompt: Prompt) -> Bool[Array, "B T S"]:
         sight = Sight(
             segment=1 - prefix.astype(jnp.int32),
             branch=same + SHARED,
+            blind=same > 0,
             stream=same + CLEAN,
             position=jnp.arange(len(prefix)),
             bidirectional=prefix,
