@@ -337,7 +337,7 @@ def test_units_are_inverted_exactly():
     "changes, message",
     [
         (dict(conditioning="everything"), "'queries' or 'tokens'"),
-        (dict(encoder="vitt"), "one of vit, keypoints, got 'vitt'"),
+        (dict(encoder="vitt"), "one of vit, keypoints, qwen3_vl, got 'vitt'"),
         (dict(encoder="keypoints", keypoints=KeypointConfig(patch=5)), "16 is not a multiple of keypoints.patch = 5"),
         (dict(queries=0), "at least one latent query"),
         (

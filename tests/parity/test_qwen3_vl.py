@@ -77,7 +77,7 @@ def test_vision_block(qwen, grid):
     x = np.random.default_rng(2).normal(size=(1, 24, 32)).astype(np.float32)
     pictures = lay_out(ours.config, np.zeros((24, 384), np.float32), grid[:1])
     rotary = plane_rotation(pictures.place, 8)
-    place = torch.tensor(pictures.place[0])
+    place = torch.tensor(pictures.place[0].T.copy())
     turned = theirs.rotary_pos_emb(torch.tensor(x[0]), place)
     np.testing.assert_allclose(np.asarray(rotary.cos)[0], turned[0].numpy()[:, :4], atol=1e-5)
     with torch.no_grad():

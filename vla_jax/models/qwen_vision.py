@@ -86,8 +86,10 @@ class QwenVision(nnx.Module):
     def __init__(self, config: QwenVisionConfig, out_width: int, *, dtype: str, rngs: nnx.Rngs):
         if config.width % (4 * config.heads):
             raise UserError(f"vision.width = {config.width} is no multiple of four times vision.heads = {config.heads}")
-        if not all(0 <= layer < config.depth for layer in config.taps):
-            raise UserError(f"vision.taps = {config.taps} must be layers below vision.depth = {config.depth}")
+        if not config.taps or not all(0 <= layer < config.depth for layer in config.taps):
+            raise UserError(
+                f"vision.taps = {config.taps} must be layers, at least one, below vision.depth = {config.depth}"
+            )
         options = dict(dtype=dtype, rngs=rngs)
         self.patch = Dense(config.patch_width, config.width, **options)
         self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.grid**2, config.width)))

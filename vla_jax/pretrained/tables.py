@@ -99,9 +99,10 @@ def qwen3_vl(config: Qwen3VLConfig) -> list[Row]:
     rows += _norm(f"{block}.norm1", f"{ours}/attention_norm") + _norm(f"{block}.norm2", f"{ours}/mlp_norm")
     rows += _weights(f"{block}.attn.qkv", *(f"{ours}/attention/{name}" for name in ("query", "key", "value")))
     rows += _weights(f"{block}.attn.proj", f"{ours}/attention/output")
-    mergers = {"model.visual.merger": "vision/merger"}
-    if vision.taps:
-        mergers["model.visual.deepstack_merger_list.{}"] = "vision/tap_mergers/layers"
+    mergers = {
+        "model.visual.merger": "vision/merger",
+        "model.visual.deepstack_merger_list.{}": "vision/tap_mergers/layers",
+    }
     for key, path in {f"{block}.mlp": f"{ours}/mlp", **{k: f"{path}/mlp" for k, path in mergers.items()}}.items():
         rows += _weights(f"{key}.linear_fc1", f"{path}/up") + _weights(f"{key}.linear_fc2", f"{path}/down")
     for key, path in mergers.items():
