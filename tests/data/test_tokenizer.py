@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from vla_jax.data import tokenizer as tokenizers
 from vla_jax.data.tokenizer import PAD_ID, encode, from_json, to_json, train_tokenizer
@@ -54,7 +55,7 @@ def test_an_unknown_word_is_named_with_the_nearest_known_one():
 
 
 def test_too_many_words_are_told():
-    with pytest.raises(UserError, match="'push the red cube' has 4 words and at most 3 fit"):
+    with pytest.raises(UserError, match="'push the red cube' has 4 tokens and at most 3 fit"):
         encode(train_tokenizer(SENTENCES), ["push the red cube"], 3)
 
 
@@ -72,3 +73,18 @@ def test_a_foreign_json_is_told():
     foreign = to_json(train_tokenizer(SENTENCES)).replace("[PAD]", "[EMPTY]")
     with pytest.raises(UserError, match=r"lacks \[PAD\]"):
         from_json(foreign)
+
+
+def test_the_tokenizer_of_a_pretrained_model_needs_no_words_of_ours():
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.train_from_iterator(["push it"], trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    made.add_special_tokens(["<start>"])
+    made.post_processor = processors.TemplateProcessing(
+        single="<start> $A", special_tokens=[("<start>", made.token_to_id("<start>"))]
+    )
+    tokenizer = from_json(made.to_str())
+    tokens, mask = encode(tokenizer, ["push it", "ö?"], 6)
+    assert tokenizer.decode(tokens[0][mask[0]]) == "push it" and tokenizer.decode(tokens[1][mask[1]]) == "ö?"
+    assert made.token_to_id("<start>") not in tokens, "words around the instruction are the policy's to add"

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Int
 
 from vla_jax.errors import UserError
 from vla_jax.schema import suggest
-from vla_jax.sequence.spans import CLEAN, SHARED, Sight, sees
+from vla_jax.sequence.spans import Layout, Span, sees
 
 
 class Prompt(NamedTuple):
@@ -38,17 +38,10 @@ class Prompt(NamedTuple):
 def mask_of(prompt: Prompt) -> Bool[Array, "B T S"]:
     """The rule of sight in a prompt whose prefix, different from sample to sample, is one segment seen both ways."""
 
+    line = Layout((Span("token", prompt.tokens.shape[1], segment=0),)).sight
+
     def one(prefix: Bool[Array, " T"]) -> Bool[Array, "T S"]:
-        same = jnp.zeros(len(prefix), jnp.int32)
-        sight = Sight(
-            segment=1 - prefix.astype(jnp.int32),
-            branch=same + SHARED,
-            blind=same > 0,
-            stream=same + CLEAN,
-            position=jnp.arange(len(prefix)),
-            bidirectional=prefix,
-            siblings=same - 1,
-        )
+        sight = line._replace(segment=1 - prefix.astype(jnp.int32), bidirectional=prefix)
         return sees(sight, sight)
 
     return jax.vmap(one)(jnp.asarray(prompt.prefix)) & prompt.valid[:, None]
