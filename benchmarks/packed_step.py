@@ -2,6 +2,7 @@
 
     python -m benchmarks.packed_step                     # both sizes
     python -m benchmarks.packed_step --size=quickstart --rounds=30
+    python -m benchmarks.packed_step --memory=returned   # without what every entry point does (platform.py)
 
 A step is the loss and its gradient. `single` is the queries-only arm (posterior branch, no prior, no LLR); `packed` is
 the full objective with [v | Q | l | l' | Q'] in one pass; `two passes` is the full objective with [v | Q | l] and
@@ -32,6 +33,7 @@ from vla_jax.models.normalizer import DataFacts
 from vla_jax.models.policy import Policy, PolicyConfig
 from vla_jax.models.trunk import TrunkConfig
 from vla_jax.models.vision import VisionConfig
+from vla_jax.platform import keep_freed_memory
 
 PEAK_SIZE = 2048
 QUICKSTART = resolve(CompareConfig, quickstart.get_config()).arms["bayesianvla"]
@@ -147,7 +149,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, action="append", help="default: all")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--memory", choices=("kept", "returned"), default="kept")
     arguments = parser.parse_args()
+    if arguments.memory == "kept":
+        keep_freed_memory()
     for size in arguments.size or SIZES:
         report(size, arguments.rounds)
 
