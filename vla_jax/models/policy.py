@@ -33,7 +33,7 @@ from vla_jax.sequence.layouts import branched
 from vla_jax.sequence.spans import Layout, Span
 
 PAD_ID = 0  # of the tokenizer
-LANGUAGE_MODEL = ("vision", "words", "trunk")  # the parts that have nothing to do with actions
+LANGUAGE_MODEL = ("vision", "words", "head", "trunk")  # the parts that have nothing to do with actions
 # name: (module, the field of PolicyConfig that holds its settings)
 ENCODERS = {
     "vit": (VisionEncoder, "vision"),
