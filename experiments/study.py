@@ -60,7 +60,8 @@ class StudyConfig:
         unbiased: names of arms that learn from as many demonstrations with rho = 1, and are judged like the others:
             what could be had from data without a shortcut.
         grounding: a training on questions alone, once for each coupling, from whose language model every arm starts
-            that does not name another one by `init_from`; None: from scratch.
+            that is not named in `scratch` and names no other one by `init_from`; None: all start from scratch.
+        scratch: names of arms that start from nothing.
         balance: the training of experiments.balance, for arms with data.balance that name no data.weights.
         couplings, rhos: of the demonstrations and of the test scenes.
         seeds: trainings of each arm, numbered from 0.
@@ -73,6 +74,7 @@ class StudyConfig:
     reference: str = ""
     unbiased: tuple[str, ...] = ()
     grounding: TrainConfig | None = None
+    scratch: tuple[str, ...] = ()
     balance: TrainConfig | None = None
     couplings: tuple[str, ...] = ("uniqueness",)
     rhos: tuple[float, ...] = (0.1,)
@@ -82,7 +84,8 @@ class StudyConfig:
     def __post_init__(self):
         if not self.arms:
             raise UserError("arms is empty: name at least one training")
-        for field, names in (("unbiased", self.unbiased), ("reference", (self.reference,) if self.reference else ())):
+        reference = (self.reference,) if self.reference else ()
+        for field, names in (("unbiased", self.unbiased), ("scratch", self.scratch), ("reference", reference)):
             if unknown := [name for name in names if name not in self.arms]:
                 raise UserError(f"{field} names {unknown[0]!r}, which is none of the arms {', '.join(self.arms)}")
         if self.seeds < 1 or not self.couplings or not self.rhos:
@@ -209,7 +212,9 @@ def _run_claimed(config: StudyConfig, cell: Cell, workdir: Path) -> None:
         dataset = collect_once(dataclasses.replace(config.collect, bias=bias), directory)
     arm = config.arms[cell.arm]
     data = dataclasses.replace(arm.data, directory=str(dataset), seed=cell.seed)
-    start = arm.init_from or _ground(config, cell.coupling, dataset, workdir)
+    start = arm.init_from
+    if not start and cell.arm not in config.scratch:
+        start = _ground(config, cell.coupling, dataset, workdir)
     if data.balance and not data.weights:
         data = dataclasses.replace(data, weights=str(_balance(config, directory.name, dataset, start, workdir)))
     arm = dataclasses.replace(arm, arm=cell.arm, seed=cell.seed, data=data, init_from=start)

@@ -19,6 +19,7 @@ from vla_jax.config import nearest
 from vla_jax.errors import UserError
 
 UNBIASED = "unbiased"  # latent queries on demonstrations without a shortcut
+SCRATCH = ("scratch", "scratch_bayesianvla")  # the baseline and the paper's method without stage 0
 SPLITS = ("in_distribution", "swapped", "paraphrases", "held_out_pairs", "blank")
 
 
@@ -40,6 +41,7 @@ def get_config(some: str = "") -> ConfigDict:
     """Settings of experiments.study. some: names of the arms that are to be run, as "baseline,balanced"; empty: all."""
     arms = {name: fast(name) for name in train.ARMS}
     arms[UNBIASED] = fast("queries")
+    arms |= dict(zip(SCRATCH, (fast("baseline"), fast("bayesianvla")), strict=True))
     for name in some.split(",") if some else ():
         if name not in arms:
             raise UserError(f"unknown arm '{name}'{nearest(name, list(arms))}")
@@ -51,7 +53,8 @@ def get_config(some: str = "") -> ConfigDict:
             "balance": balance.get_config(),
             "arms": arms,
             "reference": "baseline" if "baseline" in arms else "",
-            "unbiased": tuple({UNBIASED} & set(arms)),
+            "unbiased": tuple(name for name in (UNBIASED,) if name in arms),
+            "scratch": tuple(name for name in SCRATCH if name in arms),
             "couplings": ("uniqueness",),
             "rhos": (0.02, 0.1, 0.3),
             "seeds": 3,
