@@ -54,10 +54,9 @@ FITS = np.array([[True, True, True, False, False, False, False]] * 4)
 PIXELS = np.array([[0.5, 0.6], [0.2, 0.7], [0.999, 0.0], [9.0, 9.0]])
 
 
-def all_answers(kind):
-    return {
-        (q.question, q.answer) for q in (ask(kind, table(), FITS, PIXELS, np.random.default_rng(i)) for i in range(200))
-    }
+def all_answers(kind, task="reach"):
+    asked = [ask(kind, task, table(), FITS, PIXELS, np.random.default_rng(number)) for number in range(200)]
+    return {(question.question, question.answer) for question in asked}
 
 
 def test_the_whole_table_is_described_from_left_to_right():
@@ -116,13 +115,8 @@ def test_a_batch_is_a_function_of_seed_and_number(questioner):
 def test_the_answer_follows_the_question(questioner):
     batch = questioner(0, np.arange(64))
     assert set(batch["kind"]) == set(range(len(KINDS)))
-    starts = {
-        "describe": "describe",
-        "where": "where is",
-        "what": "what is at",
-        "exists": "is there",
-        "relation": "is the",
-    }
+    starts = {"describe": "describe", "where": "where is", "what": "what is at", "exists": "is there"}
+    starts |= {"relation": "is the", "point": ("reach", "touch", "move", "go")}
     for row, kind in enumerate(batch["kind"]):
         answer = batch["answer_mask"][row]
         question = batch["token_mask"][row] & ~answer
