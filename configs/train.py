@@ -38,6 +38,8 @@ ARMS = {
         "policy": {"read_actions": True},
         **_loss(0.3, 0.0, language_weight=0.1, reader_weight=0.1, pmi_weight=0.1),
     },
+    # beyond the paper: the action's preference for its own instruction over a swapped one (losses/contrastive.py)
+    "contrastive": _loss(0.0, 0.0, contrastive_weight=0.1),
     # never sees the words: trained and driven by the prior branch
     "vision": {**_loss(1.0, 0.0, detach_prior=False), "eval": {"guidance": 0.0}},
 }

@@ -11,7 +11,8 @@
 | + LLR | "queries" | 0 | 0.1 |
 | full | "queries" | 0.3 | 0.1 |
 
-Beyond the paper: the information between action and instruction that its Eq. 4 is about (`losses.information`).
+Beyond the paper: the information between action and instruction that its Eq. 4 is about (`losses.information`), and
+the action's preference for its own instruction (`losses.contrastive`).
 
 Axes: B batch, R noise draws of one sample, L instruction length, C chunk length, A action width.
 """
@@ -27,6 +28,7 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vla_jax.errors import UserError
+from vla_jax.losses.contrastive import contrast, negatives
 from vla_jax.losses.flow_matching import Draw, draw, flow_matching
 from vla_jax.losses.information import likelihoods, predicted_chunk, read_back, recorded_chunk
 from vla_jax.losses.language import mean_over_tokens
@@ -45,6 +47,7 @@ class LossConfig:
     reader_weight: of -log p(l | a, v), which teaches the trunk to read the instruction off recorded actions (see
         `losses.information`; the policy needs `read_actions`). reader_noise: at points x_t of the flow, not clean.
     pmi_weight: of log p(l | a, v) - log p(l | v) of the actions at which the policy aims, a mean over tokens.
+    contrastive_weight: of the action's preference for its own instruction over another one (`losses.contrastive`).
     noise_draws: R, noise and time draws of each sample.
     """
 
@@ -57,6 +60,7 @@ class LossConfig:
     reader_weight: float = 0.0
     reader_noise: bool = False
     pmi_weight: float = 0.0
+    contrastive_weight: float = 0.0
     noise_draws: int = 4
 
     def __post_init__(self):
@@ -73,7 +77,9 @@ class LossConfig:
     def branches(self) -> tuple[str, ...]:
         """The branches that this objective has to read."""
         prior = ("prior",) if self.prior_weight or self.llr_weight else ()
-        return (*prior, "posterior", "action") if self.reader_weight else (*prior, "posterior")
+        action = ("action",) if self.reader_weight else ()
+        negative = ("negative",) if self.contrastive_weight else ()
+        return (*prior, "posterior", *action, *negative)
 
 
 def objective(
@@ -88,8 +94,15 @@ def objective(
     actions = policy.normalizer.normalize_action(batch["actions"])
     *flow_keys, reader_key, aim_key = jax.random.split(key, 5)
     chunk = recorded_chunk(actions, reader_key, config.reader_noise) if config.reader_weight else None
-    readings = policy.encode(batch["images"], tokens, mask, config.branches, chunk)
-    terms = _flow_terms(policy, readings, batch, actions, flow_keys, config)
+    other, differs = negatives(tokens, mask) if config.contrastive_weight else (None, None)
+    readings = policy.encode(batch["images"], tokens, mask, config.branches, chunk, other)
+    errors, acts = _flow_errors(policy, readings, batch, actions, flow_keys, config), batch["action_mask"].any(-1)
+    terms = {"fm_posterior": term(errors["posterior"], acts, 1 - config.prior_weight)}
+    if config.prior_weight:
+        terms["fm_prior"] = term(errors["prior"], acts, config.prior_weight)
+    if config.contrastive_weight:
+        contrasts = contrast(errors["posterior"], errors["negative"])
+        terms["contrastive"] = term(contrasts, acts & differs, config.contrastive_weight)
     if config.llr_weight:
         prior, posterior = (policy.word_logits(readings[name].predictors) for name in ("prior", "posterior"))
         llr, gate_state = log_likelihood_ratio(
@@ -115,40 +128,35 @@ def objective(
     return loss, (terms, gate_state)
 
 
-def _flow_terms(
+def _flow_errors(
     policy: Policy,
     readings: dict[str, Reading],
     batch: dict[str, Any],
     actions: Float[Array, "B C A"],
     keys: list[PRNGKeyArray],
     config: LossConfig,
-) -> dict[str, Term]:
-    """Flow matching under each branch that has a weight: one call of the expert for all, with independent noise.
+) -> dict[str, Float[Array, " B"]]:
+    """The flow-matching error of each sample under each branch that the terms need: one call of the expert for all.
 
     actions: in model units. keys: of the posterior's noise, the prior's, and dropout.
     """
     posterior_key, prior_key, dropout_key = keys
-    mask = batch["action_mask"]
     shape = (len(actions), config.noise_draws, *actions.shape[1:])
-    conditions = [policy.condition(readings["posterior"], batch["state"])]
-    draws = [draw(posterior_key, shape)]
-    weights = {"fm_posterior": 1 - config.prior_weight}
+    draws = {"posterior": draw(posterior_key, shape)}
     if config.prior_weight:
-        prior = policy.condition(readings["prior"], batch["state"])
-        conditions.append(prior._replace(context=lax.stop_gradient(prior.context)) if config.detach_prior else prior)
-        draws.append(draw(prior_key, shape))
-        weights["fm_prior"] = config.prior_weight
-    count = len(weights)
-    condition: Condition = jax.tree.map(lambda *parts: jnp.concatenate(parts), *conditions)
-    drawn: Draw = jax.tree.map(lambda *parts: jnp.concatenate(parts), *draws)
+        draws["prior"] = draw(prior_key, shape)
+    if config.contrastive_weight:
+        draws["negative"] = draws["posterior"]  # only the words differ
+    conditions = {name: policy.condition(readings[name], batch["state"]) for name in draws}
+    if config.prior_weight and config.detach_prior:
+        prior = conditions["prior"]
+        conditions["prior"] = prior._replace(context=lax.stop_gradient(prior.context))
+    condition: Condition = jax.tree.map(lambda *parts: jnp.concatenate(parts), *conditions.values())
+    drawn: Draw = jax.tree.map(lambda *parts: jnp.concatenate(parts), *draws.values())
     errors = flow_matching(
         lambda x, t: policy.velocity(x, t, condition, dropout_key),
-        jnp.concatenate([actions] * count),
-        jnp.concatenate([mask] * count),
+        jnp.concatenate([actions] * len(draws)),
+        jnp.concatenate([batch["action_mask"]] * len(draws)),
         drawn,
     )
-    carried = mask.any(-1)
-    return {
-        name: term(error, carried, weight)
-        for (name, weight), error in zip(weights.items(), jnp.split(errors, count), strict=True)
-    }
+    return dict(zip(draws, jnp.split(errors, len(draws)), strict=True))

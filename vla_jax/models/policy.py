@@ -60,6 +60,13 @@ class Chunk(NamedTuple):
     time: Float[Array, " B"]
 
 
+class Words(NamedTuple):
+    """Instructions, padded, and which tokens count."""
+
+    tokens: Int[Array, "B L"]
+    mask: Bool[Array, "B L"]
+
+
 class Reading(NamedTuple):
     """What the trunk made of one branch.
 
@@ -107,7 +114,11 @@ class Policy(nnx.Module):
         )
 
     def embed(
-        self, images: dict[str, Array], tokens: Int[Array, "B L"], chunk: Chunk | None = None
+        self,
+        images: dict[str, Array],
+        tokens: Int[Array, "B L"],
+        chunk: Chunk | None = None,
+        other: Words | None = None,
     ) -> dict[str, Float[Array, "B T D"]]:
         """One embedding array for each kind of span."""
         image = self.vision(images)
@@ -116,6 +127,8 @@ class Policy(nnx.Module):
             parts["query"] = jnp.broadcast_to(self.queries[...].astype(image.dtype), (len(tokens), *self.queries.shape))
         if chunk is not None:
             parts["action"] = self.reader(*chunk).astype(image.dtype)
+        if other is not None:
+            parts["other"] = self.words[...][other.tokens].astype(image.dtype)
         return parts
 
     def layout(self, text: int, branches: tuple[str, ...]) -> Layout:
@@ -137,28 +150,33 @@ class Policy(nnx.Module):
         token_mask: Bool[Array, "B L"],
         branches: tuple[str, ...] = ("posterior",),
         chunk: Chunk | None = None,
+        other: Words | None = None,
     ) -> dict[str, Reading]:
-        """Read the sequence once; several branches are packed after one shared image: [v | Q | l | l' | Q' | a | l''].
+        """Read the sequence once; several branches are packed after one shared image: [v | Q | l | l' | Q' | …].
 
-        chunk: the actions that the branch "action" reads.
+        chunk: the actions that the branch "action" reads. other: the instruction that the branch "negative" reads.
         """
         layout = self.layout(tokens.shape[1], branches)
-        parts = self.embed(images, tokens, chunk)
+        parts = self.embed(images, tokens, chunk, other)
+        masks = {"text": token_mask} if other is None else {"text": token_mask, "other": other.mask}
         sequence = jnp.concatenate([parts[span.kind] for span in layout.spans], 1)
         everything = jnp.ones((len(tokens), 1), bool)
         valid = jnp.concatenate(
-            [token_mask if span.kind == "text" else jnp.repeat(everything, span.length, 1) for span in layout.spans], 1
+            [masks.get(span.kind, jnp.repeat(everything, span.length, 1)) for span in layout.spans], 1
         )
         hidden = self.trunk(sequence, layout, valid)
         return {branch: self._reading(hidden, valid, layout, branch) for branch in branches}
 
     def _reading(self, hidden, valid, layout: Layout, branch: str) -> Reading:
-        text, before = layout[f"{branch}/text"], layout.predecessor(f"{branch}/text")
+        name = f"{branch}/{'other' if branch == 'negative' else 'text'}"
+        text, before = layout[name], layout.predecessor(name)
         predictors = jnp.concatenate([hidden[:, before : before + 1], hidden[:, text.start : text.stop - 1]], 1)
         if branch == "action":
             return Reading(hidden[:, layout["action/action"]], None, predictors)
         if self.queries is None:
-            return Reading(hidden[:, : text.stop], valid[:, : text.stop], predictors)
+            seen = layout["image"], text
+            hidden, valid = (jnp.concatenate([each[:, where] for where in seen], 1) for each in (hidden, valid))
+            return Reading(hidden, valid, predictors)
         return Reading(hidden[:, layout[f"{branch}/query"]], None, predictors)
 
     def word_logits(self, predictors: Float[Array, "B L D"]) -> Float[Array, "B L V"]:

@@ -10,6 +10,7 @@ BRANCHES = {
     "prior": (1, ("query", "text")),
     "posterior": (2, ("text", "query")),
     "action": (3, ("action", "text")),
+    "negative": (4, ("other", "query")),
 }
 
 
@@ -19,6 +20,7 @@ def branched(image: int, queries: int, text: int, room: int, branches: tuple[str
     Prior: v, Q, l, where Q sees only the image and l sees both (BayesianVLA / LangForce, arXiv 2601.15197, Sec. 3.2).
     Posterior: v, l, Q. Both together are the packed sequence [v | Q | l | l' | Q'], which computes the image once.
     Action: v, a, l, the instruction after the action chunk, whose tokens see each other both ways.
+    Negative: the posterior ordering of another instruction of as many tokens.
     Every token keeps the position that it would have with its branch alone.
 
     image, queries, text, actions: numbers of tokens. room: positions reserved for the text (>= text), so that the
@@ -28,7 +30,7 @@ def branched(image: int, queries: int, text: int, room: int, branches: tuple[str
     unknown = [name for name in branches if name not in BRANCHES]
     if unknown or not branches:
         raise UserError(f"branches must be some of {tuple(BRANCHES)}, got {branches}")
-    lengths, reserve = {"query": queries, "text": text, "action": actions}, {"text": room}
+    lengths, reserve = {"query": queries, "text": text, "other": text, "action": actions}, {"text": room, "other": room}
     spans = [Span("image", image, segment=0)]
     for name, (branch, order) in BRANCHES.items():
         spans += [
