@@ -54,6 +54,8 @@ ARMS = {
         **_QUESTIONS,
         **_loss(0.0, 0.0, question_weight=0.2),
     },
+    # beyond the paper: the action's preference for its own instruction over a swapped one (losses/contrastive.py)
+    "contrastive": _loss(0.0, 0.0, contrastive_weight=0.1),
     # never sees the words: trained and driven by the prior branch
     "vision": {**_loss(1.0, 0.0, detach_prior=False), "eval": {"guidance": 0.0}},
 }

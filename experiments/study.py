@@ -264,9 +264,9 @@ def _finish(config: StudyConfig, workdir: Path, progress: Progress, failed: dict
     """The last summary and what became of the study. failed: where to look, by name of the cell."""
     write_summary(config, workdir)
     print(f"{progress}   table: {workdir / 'study.md'}   figure: {workdir / 'study.png'}")
-    elsewhere = [cell for cell in config.cells() if cell.name not in failed and not _result(workdir, cell).exists()]
-    if elsewhere:
-        print(f"{len(elsewhere)} cells are being run by another command")
+    missing = [cell.name for cell in config.cells() if not _result(workdir, cell).exists() and cell.name not in failed]
+    if missing:
+        print(f"another command is at: {', '.join(missing)}")
     if failed:
         listed = "; ".join(f"{name} ({look})" for name, look in failed.items())
         raise UserError(f"{len(failed)} of {len(config.cells())} cells failed: {listed}. The same command tries again")

@@ -69,3 +69,25 @@ def batch():
         "actions": random.uniform(-0.1, 0.3, (size, 4, 3)).astype(np.float32),
         "action_mask": np.arange(4) < np.array([[4], [1], [3]]),
     }
+
+
+def word_and_action(random, size, keep):
+    """One dark scene, one of two words, and an action that says which with probability `keep` (1/2: nothing)."""
+    word = random.integers(0, 2, size)
+    told = np.where(random.random(size) < keep, word, 1 - word)
+    low, high = np.array(FACTS.action_low), np.array(FACTS.action_high)
+    inside = np.broadcast_to((2.0 * told - 1)[:, None, None], (size, 4, 3))
+    return {
+        "images": {view: np.zeros((size, 16, 16, 3), np.uint8) for view in ("front", "wrist")},
+        "state": np.zeros((size, 2), np.float32),
+        "tokens": np.stack([word + 4, np.full(size, 3)], 1).astype(np.int32),
+        "token_mask": np.ones((size, 2), bool),
+        "actions": ((inside + 1) / 2 * (high - low) + low).astype(np.float32),
+        "action_mask": np.ones((size, 4), bool),
+    }
+
+
+@pytest.fixture(scope="session")
+def synthetic():
+    """(random, size, keep) -> a batch whose information between word and action is known."""
+    return word_and_action

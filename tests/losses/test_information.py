@@ -98,24 +98,8 @@ def test_the_policy_is_judged_by_a_reader_that_does_not_learn_from_it(policy, ba
     assert all(largest[name] > 1e-6 for name in ("expert", "trunk", "queries", "vision"))
 
 
-def synthetic(facts, random, size, keep):
-    """One dark scene, one of two words, and an action that says which with probability `keep` (1/2: nothing)."""
-    word = random.integers(0, 2, size)
-    told = np.where(random.random(size) < keep, word, 1 - word)
-    low, high = np.array(facts.action_low), np.array(facts.action_high)
-    inside = np.broadcast_to((2.0 * told - 1)[:, None, None], (size, 4, 3))
-    return {
-        "images": {view: np.zeros((size, 16, 16, 3), np.uint8) for view in ("front", "wrist")},
-        "state": np.zeros((size, 2), np.float32),
-        "tokens": np.stack([word + 4, np.full(size, 3)], 1).astype(np.int32),
-        "token_mask": np.ones((size, 2), bool),
-        "actions": ((inside + 1) / 2 * (high - low) + low).astype(np.float32),
-        "action_mask": np.ones((size, 4), bool),
-    }
-
-
 @pytest.mark.parametrize("keep", [0.9, 0.5])
-def test_the_estimate_converges_to_the_information(policy, keep):
+def test_the_estimate_converges_to_the_information(policy, synthetic, keep):
     """I(l; a | v) = ln 2 - H(keep) for two equally likely words; 0 when the action says nothing."""
     config = LossConfig(prior_weight=0.0, llr_weight=0.0, language_weight=1.0, reader_weight=1.0, noise_draws=1)
     graph, params, rest = nnx.split(policy, nnx.Param, ...)
@@ -132,7 +116,7 @@ def test_the_estimate_converges_to_the_information(policy, keep):
 
     random, opt_state, found = np.random.default_rng(0), optimizer.init(params), []
     for _ in range(300):
-        params, opt_state, value = step(params, opt_state, synthetic(policy.facts, random, 64, keep))
+        params, opt_state, value = step(params, opt_state, synthetic(random, 64, keep))
         found.append(float(value))
     expected = np.log(2) + keep * np.log(keep) + (1 - keep) * np.log(1 - keep)
     assert abs(np.mean(found[-100:]) - expected) < 0.06, (np.mean(found[-100:]), expected)

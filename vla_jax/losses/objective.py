@@ -12,7 +12,8 @@
 | full | "queries" | 0.3 | 0.1 |
 
 Beyond the paper: the information between action and instruction that its Eq. 4 is about (`losses.information`), and
-questions about the picture (`losses.questions`).
+the action's preference for its own instruction (`losses.contrastive`); and questions about the picture
+(`losses.questions`).
 
 Axes: B batch, R noise draws of one sample, L instruction length, C chunk length, A action width.
 """
@@ -25,9 +26,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from vla_jax.errors import UserError
+from vla_jax.losses.contrastive import contrast, negatives
 from vla_jax.losses.flow_matching import Draw, draw, flow_matching
 from vla_jax.losses.information import likelihoods, predicted_chunk, read_back, recorded_chunk
 from vla_jax.losses.language import mean_over_tokens
@@ -50,6 +52,7 @@ class LossConfig:
     pmi_weight: of log p(l | a, v) - log p(l | v) of the actions at which the policy aims, a mean over tokens.
     words_weight: of -log p(l), the instruction without the picture.
     question_weight: of -log p(answer | picture, question) of the batch's questions, a mean over tokens.
+    contrastive_weight: of the action's preference for its own instruction over another one (`losses.contrastive`).
     noise_draws: R, noise and time draws of each sample.
     """
 
@@ -66,6 +69,7 @@ class LossConfig:
     pmi_weight: float = 0.0
     words_weight: float = 0.0
     question_weight: float = 0.0
+    contrastive_weight: float = 0.0
     noise_draws: int = 4
 
     def __post_init__(self):
@@ -94,6 +98,7 @@ class LossConfig:
             "posterior": True,
             "action": self.reader_weight,
             "words": self.words_weight,
+            "negative": self.contrastive_weight,
         }
         return tuple(name for name, weight in wanted.items() if weight)
 
@@ -124,9 +129,10 @@ def _demonstration_terms(
     actions = policy.normalizer.normalize_action(batch["actions"])
     *flow_keys, reader_key, aim_key = jax.random.split(key, 5)
     chunk = recorded_chunk(actions, reader_key, config.reader_noise) if config.reader_weight else None
-    readings = policy.encode(batch["images"], tokens, mask, config.branches, chunk)
+    other, differs = negatives(tokens, mask) if config.contrastive_weight else (None, None)
+    readings = policy.encode(batch["images"], tokens, mask, config.branches, chunk, other)
     log_p = {name: likelihoods(policy, readings[name], tokens) for name in config.likelihoods}
-    terms = _flow_terms(policy, readings, batch, actions, flow_keys, config) if config.flow else {}
+    terms = _flow_terms(policy, readings, batch, actions, differs, flow_keys, config) if config.flow else {}
     if config.llr_weight:
         prior, posterior = (policy.word_logits(readings[name].predictors) for name in ("prior", "posterior"))
         llr, gate_state = log_likelihood_ratio(
@@ -159,35 +165,50 @@ def _flow_terms(
     readings: dict[str, Reading],
     batch: dict[str, Any],
     actions: Float[Array, "B C A"],
+    differs: Bool[Array, " B"] | None,
     keys: list[PRNGKeyArray],
     config: LossConfig,
 ) -> dict[str, Term]:
-    """Flow matching under each branch that has a weight: one call of the expert for all, with independent noise.
+    """The terms of the action side. differs: whether the negative is another instruction, where there are negatives."""
+    errors, acts = _flow_errors(policy, readings, batch, actions, keys, config), batch["action_mask"].any(-1)
+    terms = {"fm_posterior": term(errors["posterior"], acts, 1 - config.prior_weight)}
+    if config.prior_weight:
+        terms["fm_prior"] = term(errors["prior"], acts, config.prior_weight)
+    if config.contrastive_weight:
+        contrasts = contrast(errors["posterior"], errors["negative"])
+        terms["contrastive"] = term(contrasts, acts & differs, config.contrastive_weight)
+    return terms
+
+
+def _flow_errors(
+    policy: Policy,
+    readings: dict[str, Reading],
+    batch: dict[str, Any],
+    actions: Float[Array, "B C A"],
+    keys: list[PRNGKeyArray],
+    config: LossConfig,
+) -> dict[str, Float[Array, " B"]]:
+    """The flow-matching error of each sample under each branch that the terms need: one call of the expert for all.
 
     actions: in model units. keys: of the posterior's noise, the prior's, and dropout.
     """
     posterior_key, prior_key, dropout_key = keys
-    mask = batch["action_mask"]
     shape = (len(actions), config.noise_draws, *actions.shape[1:])
-    conditions = [policy.condition(readings["posterior"], batch["state"])]
-    draws = [draw(posterior_key, shape)]
-    shares = {"fm_posterior": 1 - config.prior_weight}
+    draws = {"posterior": draw(posterior_key, shape)}
     if config.prior_weight:
-        prior = policy.condition(readings["prior"], batch["state"])
-        conditions.append(prior._replace(context=lax.stop_gradient(prior.context)) if config.detach_prior else prior)
-        draws.append(draw(prior_key, shape))
-        shares["fm_prior"] = config.prior_weight
-    count = len(shares)
-    condition: Condition = jax.tree.map(lambda *parts: jnp.concatenate(parts), *conditions)
-    drawn: Draw = jax.tree.map(lambda *parts: jnp.concatenate(parts), *draws)
+        draws["prior"] = draw(prior_key, shape)
+    if config.contrastive_weight:
+        draws["negative"] = draws["posterior"]  # only the words differ
+    conditions = {name: policy.condition(readings[name], batch["state"]) for name in draws}
+    if config.prior_weight and config.detach_prior:
+        prior = conditions["prior"]
+        conditions["prior"] = prior._replace(context=lax.stop_gradient(prior.context))
+    condition: Condition = jax.tree.map(lambda *parts: jnp.concatenate(parts), *conditions.values())
+    drawn: Draw = jax.tree.map(lambda *parts: jnp.concatenate(parts), *draws.values())
     errors = flow_matching(
         lambda x, t: policy.velocity(x, t, condition, dropout_key),
-        jnp.concatenate([actions] * count),
-        jnp.concatenate([mask] * count),
+        jnp.concatenate([actions] * len(draws)),
+        jnp.concatenate([batch["action_mask"]] * len(draws)),
         drawn,
     )
-    carried = mask.any(-1)
-    return {
-        name: term(error, carried, share)
-        for (name, share), error in zip(shares.items(), jnp.split(errors, count), strict=True)
-    }
+    return dict(zip(draws, jnp.split(errors, len(draws)), strict=True))

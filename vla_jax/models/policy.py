@@ -81,6 +81,13 @@ class Chunk(NamedTuple):
     time: Float[Array, " B"]
 
 
+class Instruction(NamedTuple):
+    """Instructions, padded, and which tokens count."""
+
+    tokens: Int[Array, "B L"]
+    mask: Bool[Array, "B L"]
+
+
 class Reading(NamedTuple):
     """What the trunk made of one branch.
 
@@ -133,7 +140,11 @@ class Policy(Words):
             add_adapters(self, config.lora, rngs)
 
     def embed(
-        self, images: dict[str, Array], tokens: Int[Array, "B L"], chunk: Chunk | None = None
+        self,
+        images: dict[str, Array],
+        tokens: Int[Array, "B L"],
+        chunk: Chunk | None = None,
+        other: Instruction | None = None,
     ) -> tuple[dict[str, Float[Array, "B T D"]], Float[Array, "n B T D"] | None]:
         """Embeddings by the name or the kind of their span, and the taps of all image tokens, where there are any."""
         seen = self.vision(images)
@@ -147,6 +158,8 @@ class Policy(Words):
         parts["start"] = self.embed_words(jnp.full((len(tokens), 1), PAD_ID)).astype(image.dtype)
         if chunk is not None:
             parts["action"] = self.reader(*chunk).astype(image.dtype)
+        if other is not None:
+            parts["other"] = self.embed_words(other.tokens).astype(image.dtype)
         opening, brackets, closing = self.config.opening, self.config.brackets, self.config.closing
         around = {"opening": opening, "before": brackets[:1], "after": brackets[1:], "closing": closing}
         for name, ids in around.items():
@@ -193,18 +206,20 @@ class Policy(Words):
         token_mask: Bool[Array, "B L"],
         branches: tuple[str, ...] = ("posterior",),
         chunk: Chunk | None = None,
+        other: Instruction | None = None,
     ) -> dict[str, Reading]:
-        """Read the sequence once; several branches are packed after one shared image: [v | Q l | l Q | a l | s l].
+        """Read the sequence once; several branches are packed after one shared image: [v | Q l | l Q | a l | s l | …].
 
         branches: some of `sequence.layouts.BRANCHES`.
-        chunk: the actions that the branch "action" reads.
+        chunk: the actions that the branch "action" reads. other: the instruction that the branch "negative" reads.
         """
         layout = self.layout(tokens.shape[1], branches)
-        parts, taps = self.embed(images, tokens, chunk)
+        parts, taps = self.embed(images, tokens, chunk, other)
+        masks = {"text": token_mask} if other is None else {"text": token_mask, "other": other.mask}
         sequence = jnp.concatenate([parts.get(span.name, parts.get(span.kind)) for span in layout.spans], 1)
         everything = jnp.ones((len(tokens), 1), bool)
         valid = jnp.concatenate(
-            [token_mask if span.kind == "text" else jnp.repeat(everything, span.length, 1) for span in layout.spans], 1
+            [masks.get(span.kind, jnp.repeat(everything, span.length, 1)) for span in layout.spans], 1
         )
         if taps is not None:
             taps = self._spread(taps, layout)
@@ -213,12 +228,15 @@ class Policy(Words):
         return {branch: self._reading(hidden, valid, layout, branch) for branch in branches}
 
     def _reading(self, hidden, valid, layout: Layout, branch: str) -> Reading:
-        text, before = layout[f"{branch}/text"], layout.predecessor(f"{branch}/text")
+        name = f"{branch}/{'other' if branch == 'negative' else 'text'}"
+        text, before = layout[name], layout.predecessor(name)
         predictors = jnp.concatenate([hidden[:, before : before + 1], hidden[:, text.start : text.stop - 1]], 1)
         if branch in ("action", "words"):
             return Reading(hidden[:, text], valid[:, text], predictors)
         if self.queries is None:
-            return Reading(hidden[:, : text.stop], valid[:, : text.stop], predictors)
+            seen = slice(sum(span.length for span in self._prefix())), text
+            hidden, valid = (jnp.concatenate([each[:, where] for where in seen], 1) for each in (hidden, valid))
+            return Reading(hidden, valid, predictors)
         return Reading(hidden[:, layout[f"{branch}/query"]], None, predictors)
 
     def _spread(self, taps: Float[Array, "n B S D"], layout: Layout) -> Float[Array, "n B T D"]:

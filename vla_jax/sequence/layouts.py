@@ -11,6 +11,7 @@ BRANCHES = {
     "posterior": (2, ("text", "query")),
     "action": (3, ("action", "text")),
     "words": (4, ("start", "text")),
+    "negative": (5, ("other", "query")),
 }
 
 
@@ -23,6 +24,7 @@ def branched(
     Posterior: v, l, Q. Both together are the packed sequence [v | Q | l | l' | Q'], which computes the image once.
     Action: v, a, l, the instruction after the action chunk, whose tokens see each other both ways.
     Words: s, l, the instruction alone after a token that starts it; neither sees the image.
+    Negative: the posterior ordering of another instruction of as many tokens.
     Every token keeps the position that it would have with its branch alone.
 
     image: number of tokens, or the spans of the shared prefix, all in segment 0. queries, text, actions: numbers of
@@ -33,7 +35,8 @@ def branched(
     unknown = [name for name in branches if name not in BRANCHES]
     if unknown or not branches:
         raise UserError(f"branches must be some of {tuple(BRANCHES)}, got {branches}")
-    lengths, reserve = {"query": queries, "text": text, "action": actions, "start": 1}, {"text": room}
+    lengths = {"query": queries, "text": text, "other": text, "action": actions, "start": 1}
+    reserve = {"text": room, "other": room}
     spans = [Span("image", image, segment=0)] if isinstance(image, int) else list(image)
     for name, (branch, order) in BRANCHES.items():
         spans += [
