@@ -43,7 +43,12 @@ def made(conditioning):
 @pytest.fixture(scope="session")
 def make_policy():
     """A new policy with the same parameters at each call."""
-    return lambda conditioning="queries": nnx.merge(*made(conditioning))
+
+    def make(conditioning="queries"):
+        graph, state = made(conditioning)
+        return nnx.merge(graph, jax.tree.map(lambda leaf: leaf, state))  # variables of its own: a test may set them
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from vla_jax.losses.flow_matching import draw, flow_matching
 from vla_jax.losses.llr import initial_gate
 from vla_jax.losses.objective import LossConfig, objective
 from vla_jax.losses.term import check_terms
-from vla_jax.models.policy import Words
+from vla_jax.models.policy import Instruction
 
 ALL = ("prior", "posterior", "negative")
 KEY = jax.random.key(0)
@@ -104,7 +104,7 @@ def test_only_the_words_differ_between_the_two_errors(run, policy, batch, compil
         policy, actions = nnx.merge(graph, state), batch["actions"]
         actions = policy.normalizer.normalize_action(actions)
         draws = draw(jax.random.split(KEY, 5)[0], (3, CONFIG.noise_draws, 4, 3))
-        own = Words(batch["tokens"], batch["token_mask"])
+        own = Instruction(batch["tokens"], batch["token_mask"])
 
         def error(words):
             reading = policy.encode(batch["images"], *words)["posterior"]
