@@ -138,10 +138,24 @@ class Policy(nnx.Module):
         branches: tuple[str, ...] = ("posterior",),
         chunk: Chunk | None = None,
     ) -> dict[str, Reading]:
-        """Read the sequence once; several branches are packed after one shared image: [v | Q | l | l' | Q' | a | l''].
+        """Read the sequence once, for all branches.
 
         chunk: the actions that the branch "action" reads.
         """
+        sequence, layout, valid = self.pack(images, tokens, token_mask, branches, chunk)
+        hidden = self.trunk(sequence, layout, valid)
+        return {branch: self._reading(hidden, valid, layout, branch) for branch in branches}
+
+    def pack(
+        self,
+        images: dict[str, Array],
+        tokens: Int[Array, "B L"],
+        token_mask: Bool[Array, "B L"],
+        branches: tuple[str, ...],
+        chunk: Chunk | None = None,
+    ) -> tuple[Float[Array, "B T D"], Layout, Bool[Array, "B T"]]:
+        """The sequence that the trunk reads, its layout, and which tokens are no padding. Several branches are packed
+        after one shared image: [v | Q | l | l' | Q' | a | l'']."""
         layout = self.layout(tokens.shape[1], branches)
         parts = self.embed(images, tokens, chunk)
         sequence = jnp.concatenate([parts[span.kind] for span in layout.spans], 1)
@@ -149,8 +163,7 @@ class Policy(nnx.Module):
         valid = jnp.concatenate(
             [token_mask if span.kind == "text" else jnp.repeat(everything, span.length, 1) for span in layout.spans], 1
         )
-        hidden = self.trunk(sequence, layout, valid)
-        return {branch: self._reading(hidden, valid, layout, branch) for branch in branches}
+        return sequence, layout, valid
 
     def _reading(self, hidden, valid, layout: Layout, branch: str) -> Reading:
         text, before = layout[f"{branch}/text"], layout.predecessor(f"{branch}/text")

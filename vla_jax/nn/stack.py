@@ -29,17 +29,22 @@ class Stack(nnx.Module):
     def __call__(self, x: jax.Array, *shared: Any, each: Any = None) -> jax.Array:
         """Pass x through all layers. each: a pytree of arrays with leading axis `depth`, one slice for each layer;
         shared: the same for all layers."""
+        return self.run(lambda layer, x, each: (layer(x, each, *shared), None), x, each)[0]
 
-        def apply(x, layer, each):
-            return layer(x, each, *shared)
-
+    def run(
+        self, apply: Callable[[nnx.Module, Any, Any], tuple[Any, Any]], x: Any, each: Any = None
+    ) -> tuple[Any, Any]:
+        """`apply` maps (layer, x, its slice of each) to (x for the next layer, a result of its own). Returns the last x
+        and the results of all layers, stacked on a leading axis."""
         if self.remat:
             apply = jax.checkpoint(apply, prevent_cse=not self.scan)
         if self.scan:
-            return lax.scan(lambda x, inputs: (apply(x, *inputs), None), x, (self.layers, each))[0]
+            return lax.scan(lambda x, inputs: apply(inputs[0], x, inputs[1]), x, (self.layers, each))
+        results = []
         for index in range(self.depth):
-            x = apply(x, *_at(index, (self.layers, each)))
-        return x
+            x, result = apply(_at(index, self.layers), x, _at(index, each))
+            results.append(result)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
 
     def map(self, function: Callable[[nnx.Module], Any]) -> Any:
         """`function` of every layer, the results stacked on a leading axis."""
