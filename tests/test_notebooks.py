@@ -1,4 +1,4 @@
-"""From demonstrations to the notebook: a tiny run is collected, trained, judged, reported and looked at."""
+"""From demonstrations to the notebooks: a tiny run is collected, trained, judged, reported and looked at."""
 
 import dataclasses
 import json
@@ -17,12 +17,14 @@ from experiments.compare import CompareConfig, run
 from experiments.evaluate import main
 from experiments.study import StudyConfig
 from experiments.study import run as study
-from vla_jax.analysis.imagine import Imagination
-from vla_jax.analysis.plots import plot_imagined
+from vla_jax.analysis.imagine import Imagination, guidances
+from vla_jax.analysis.plots import plot_branches, plot_imagined
 from vla_jax.analysis.runs import compare_runs, load_run, sibling_runs, success_table
 from vla_jax.config import to_json
 from vla_jax.data.contract import Contract
 from vla_jax.data.loader import DataConfig
+from vla_jax.data.rlds import dataset_path
+from vla_jax.envs.camera import project
 from vla_jax.envs.collect import CollectConfig
 from vla_jax.envs.env import EnvConfig
 from vla_jax.errors import UserError
@@ -37,6 +39,7 @@ from vla_jax.platform import setup_compilation_cache
 from vla_jax.training.checkpoints import load_policy
 from vla_jax.training.optimizer import OptimizerConfig
 from vla_jax.training.train_config import TrainConfig
+from vla_jax.training.trainer import train
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -45,7 +48,7 @@ SPLITS = ("in_distribution", "swapped", "blank")
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """The notebook's process runs programs that this one has compiled."""
+    """The notebooks' processes run programs that this one has compiled."""
     with pytest.MonkeyPatch.context() as patch:
         if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
             patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
@@ -84,6 +87,22 @@ def runs(tmp_path_factory, cache) -> list[Path]:
     place = tmp_path_factory.mktemp("runs")
     run(tiny_comparison(), place)
     return [place / "baseline", place / "full"]
+
+
+@pytest.fixture(scope="module")
+def token_run(runs, tmp_path_factory) -> Path:
+    """A run of the all-token baseline. Its results are another's: judging it would compile one more program."""
+    full, place = tiny_comparison(), tmp_path_factory.mktemp("other") / "tokens"
+    arm, demonstrations = full.arms["full"], dataset_path(runs[0].parent / "data", full.collect.dataset_name)
+    arm = dataclasses.replace(
+        arm,
+        data=dataclasses.replace(arm.data, directory=str(demonstrations)),
+        policy=dataclasses.replace(arm.policy, conditioning="tokens"),
+        loss=LossConfig(prior_weight=0, llr_weight=0, noise_draws=1),
+    )
+    train(arm, place)
+    shutil.copytree(runs[0] / "evaluation", place / "evaluation")
+    return place
 
 
 def test_a_comparison_goes_on_where_it_stopped(runs, monkeypatch, capsys):
@@ -193,14 +212,61 @@ def test_another_instruction_is_imagined_in_the_same_scene(runs):
         imagination(policy, 0, ["touch the banana"])
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
-def test_notebook_runs(path, runs, monkeypatch):
-    monkeypatch.setenv("VLA_JAX_RUN", str(runs[1]))
-    notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
+def test_the_first_moment_of_a_case_is_what_the_policy_sees(runs):
+    policy, contract, config = load_policy(runs[1])
+    imagination = Imagination(contract, config.eval)
+    start, case = imagination.start(0), imagination.case(0)
+    texts = imagination.instructions(0)
+    assert all(any(name in text for text in texts) for name in start.names) and start.cue in start.names
+    assert {view: picture.shape for view, picture in start.observation["images"].items()} == dict.fromkeys(
+        policy.config.views, (1, 16, 16, 3)
+    )
+    # A thing is where the camera sees its place.
+    _, camera = imagination._look(case.scene, case.command, case.cue, 16)
+    position = np.asarray(case.scene.position)[0][np.asarray(case.scene.present)[0]]
+    pixels, _ = project(camera, np.pad(position, ((0, 0), (0, 1)), constant_values=0.02), height=16, width=16)
+    for thing, (column, row) in enumerate(np.asarray(pixels)):
+        rows, columns = np.nonzero(start.things["front"] == thing)
+        assert np.hypot(columns.mean() + 0.5 - column, rows.mean() + 0.5 - row) < 1.5
+    chunks = imagination.demonstrated(0, 4)
+    assert chunks.shape == (3, 4, 5)
+    way = position - np.asarray(case.scene.tcp)[0, :2]
+    assert ((chunks[..., :2].sum(1) * way).sum(-1) > 0).all(), "the expert goes to what each instruction names"
+
+
+def test_the_branches_are_imagined_apart(runs, token_run):
+    policy, contract, config = load_policy(runs[1])
+    imagination = Imagination(contract, config.eval)
+    ways = guidances(policy, 3.0)
+    assert list(ways.values()) == [1.0, 0.0, 3.0] and guidances(load_policy(token_run)[0], 3.0) == {"the policy": None}
+    posterior, prior, guided = (imagination(policy, 0, size=64, guidance=w).path for w in ways.values())
+    judged = imagination(policy, 0, size=64)
+    np.testing.assert_allclose(posterior, judged.path, atol=1e-4)
+    np.testing.assert_allclose(prior, prior[:1].repeat(3, 0), atol=1e-6)  # it has not read the words
+    apart = [np.abs(path - path[:1]).max() for path in (prior, posterior, guided)]
+    assert apart[0] < apart[1] < apart[2]
+    assert [len(axis.lines) for axis in plot_branches({"a": judged, "b": judged}).axes] == [9, 9]
+
+
+def execute(name: str, run_dir: Path, monkeypatch) -> tuple[int, str]:
+    """Runs a notebook on a run: how many pictures it shows, and all that it prints."""
+    monkeypatch.setenv("VLA_JAX_RUN", str(run_dir))
+    notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 6
-    assert any("full minus baseline" in output.get("text", "") for output in outputs)
+    pictures = sum("image/png" in output.get("data", {}) for output in outputs)
+    return pictures, "".join(output.get("text", "") for output in outputs)
+
+
+def test_first_look_runs(runs, monkeypatch):
+    pictures, text = execute("first_look.ipynb", runs[1], monkeypatch)
+    assert pictures == 6 and "full minus baseline" in text
+
+
+@pytest.mark.parametrize("kind", ["queries", "tokens"])
+def test_language_following_runs(kind, runs, token_run, monkeypatch):
+    pictures, text = execute("language_following.ipynb", runs[1] if kind == "queries" else token_run, monkeypatch)
+    assert pictures == 6 and "swapped" in text and "the look suggests" in text
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)

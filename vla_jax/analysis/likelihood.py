@@ -1,10 +1,11 @@
-"""How likely recorded actions are under a policy, and the guidance that makes them most likely.
+"""How likely actions and instructions are under a policy, and the guidance that makes recorded actions most likely.
 
-Axes: B batch, C chunk length, A action width, W weights.
+Axes: B batch, C chunk length, A action width, W weights, I chunks, K instructions, L instruction length.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from vla_jax.evaluation.listening import acting_field
 from vla_jax.flow.density import log_density
+from vla_jax.losses.information import likelihoods
 from vla_jax.models.policy import Policy
 
 
@@ -58,3 +60,65 @@ def guidance_curve(
     batches = [{name: batch[name] for name in names} for batch in batches]
     curve = np.array([np.mean([mean(state, batch, jnp.float32(w)) for batch in batches]) for w in weights])
     return float(weights[int(curve.argmax())]), curve
+
+
+def repeat_scene(observation: dict[str, Any], times: int) -> dict[str, Any]:
+    """The observation of one scene (leading axis 1), `times` times."""
+    return jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf), times, 0), observation)
+
+
+@jax.jit
+def first_chunks(
+    policy: Policy,
+    observation: dict[str, Any],
+    tokens: Int[Array, "K L"],
+    token_mask: Bool[Array, "K L"],
+    key: PRNGKeyArray,
+) -> Float[Array, "K C A"]:
+    """What the policy does in one scene under each instruction, with the same noise; SI units.
+
+    observation: as in `Policy.act`, of the one scene (B = 1).
+    """
+    act = jax.vmap(lambda words, mask: policy.act(observation, words[None], mask[None], key)[0])
+    return act(tokens, token_mask)
+
+
+@functools.partial(jax.jit, static_argnames="steps")
+def explain(
+    policy: Policy,
+    observation: dict[str, Any],
+    chunks: Float[Array, "I C A"],
+    tokens: Int[Array, "K L"],
+    token_mask: Bool[Array, "K L"],
+    steps: int = 16,
+) -> Float[Array, "I K"]:
+    """log pi(a_i | v, l_j) in nats: how well each instruction explains each chunk of actions in one scene.
+
+    By Bayes' rule its softmax over the instructions is p(l_j | a_i, v), where all of them are equally likely before.
+
+    Args:
+        observation: of the one scene (B = 1).
+        chunks: SI units.
+        steps: of the integrator.
+    """
+    words, mask = (jnp.tile(part, (len(chunks), 1)) for part in (tokens, token_mask))
+    scene, actions = repeat_scene(observation, len(words)), jnp.repeat(chunks, len(tokens), 0)
+    batch = {**scene, "tokens": words, "token_mask": mask, "actions": actions}
+    return action_log_likelihood(policy, batch, steps=steps).reshape(len(chunks), len(tokens))
+
+
+@functools.partial(jax.jit, static_argnames="branch")
+def instruction_log_likelihood(
+    policy: Policy,
+    observation: dict[str, Any],
+    tokens: Int[Array, "K L"],
+    token_mask: Bool[Array, "K L"],
+    branch: str = "posterior",
+) -> Float[Array, " K"]:
+    """log p(l | v) of each instruction in one scene by the language head, in nats, a sum over the words.
+
+    branch: "posterior" reads [v, l]; "prior" reads [v, Q, l], the ordering that the LLR trains.
+    """
+    images = repeat_scene(observation, len(tokens))["images"]
+    reading = policy.encode(images, tokens, token_mask, (branch,))[branch]
+    return jnp.where(token_mask, likelihoods(policy, reading, tokens), 0.0).sum(-1)

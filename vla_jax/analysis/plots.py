@@ -1,4 +1,4 @@
-"""Figures for notebooks."""
+"""Figures for notebooks: runs, demonstrations and where the gripper went."""
 
 from collections.abc import Sequence
 
@@ -40,17 +40,34 @@ def plot_imagined(imagined: Imagined) -> Figure:
     """The gripper's way under each instruction, drawn into the front picture; the dot is where it ended."""
     figure = Figure(figsize=(8.4, 4.6), layout="constrained")
     axis = figure.subplots()
+    _draw_paths(axis, imagined)
+    axis.set_title(f"the look suggests the {imagined.cue}", fontsize=10, loc="left")
+    axis.legend(fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5), labelspacing=1.2)
+    return figure
+
+
+def plot_branches(imagined: dict[str, Imagined]) -> Figure:
+    """The same scene under the same instructions, one picture for each way to act (see `imagine.guidances`)."""
+    texts = max(len(one.texts) for one in imagined.values())
+    figure = Figure(figsize=(4.2 * len(imagined), 4.4 + 0.5 * texts), layout="constrained")
+    for axis, (name, one) in zip(figure.subplots(1, len(imagined), squeeze=False)[0], imagined.items(), strict=True):
+        _draw_paths(axis, one)
+        axis.set_title(f"{name}\nthe look suggests the {one.cue}", fontsize=10, loc="left")
+        axis.legend(fontsize=9, frameon=False, loc="upper left", bbox_to_anchor=(0, 0), labelspacing=0.8)
+    return figure
+
+
+def _draw_paths(axis, imagined: Imagined) -> None:
     axis.imshow(imagined.picture)
-    height, width = imagined.picture.shape[:2]
+    size = imagined.picture.shape
     for index, (text, end, pixels) in enumerate(zip(imagined.texts, imagined.ended_at, imagined.pixels, strict=True)):
         colour = PALETTE[index % len(PALETTE)]
         # Pixel coordinates have the corner of the picture at 0; imshow has it at -0.5.
         columns, rows = pixels.T - 0.5
-        axis.plot(columns, rows, color="white", linewidth=4)
-        axis.plot(columns, rows, color=colour, linewidth=2.2, label=f"“{text}”\nended at the {end}")
-        axis.plot(columns[-1], rows[-1], "o", color=colour, markeredgecolor="white", markersize=9)
-    axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+        # Each on top of a broader one, so that ways that coincide all show.
+        width = 2.2 + 3.0 * (len(imagined.texts) - 1 - index)
+        axis.plot(columns, rows, color="white", linewidth=width + 1.4)
+        axis.plot(columns, rows, color=colour, linewidth=width, label=f"“{text}”\nended at the {end}")
+        axis.plot(columns[-1], rows[-1], "o", color=colour, markeredgecolor="white", markersize=width + 6.8)
+    axis.set(xlim=(-0.5, size[1] - 0.5), ylim=(size[0] - 0.5, -0.5))
     axis.set_axis_off()
-    axis.set_title(f"the look suggests the {imagined.cue}", fontsize=10, loc="left")
-    axis.legend(fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5), labelspacing=1.2)
-    return figure

@@ -182,15 +182,20 @@ class ActionExpert(nnx.Module):
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B R C A"]:
         """The velocity, float32. key: for dropout in training; None is none."""
-        B, R, C, _ = actions.shape
-        bucket = jnp.floor(time * BUCKETS)
-        embedded = self.time_out(jax.nn.silu(self.time_in(sinusoid(bucket, SINUSOID))))
-        x = self._tokens(actions, bucket, memory.state)
+        x, embedded = self.begin(actions, time, memory)
         mask = None if memory.valid is None else memory.valid[:, None, :]
         keys = None if key is None or self.dropout == 0 else jax.random.split(key, self.depth)
         x = self.pairs(x, embedded, mask, each=(memory.keys, memory.values, keys))
-        x = self.project(self.norm(x[:, :, -C:], embedded))
+        x = self.project(self.norm(x[:, :, -actions.shape[2] :], embedded))
         return self.head_out(jax.nn.relu(self.head_hidden(x))).astype(jnp.float32)
+
+    def begin(
+        self, actions: Float[Array, "B R C A"], time: Float[Array, "B R"], memory: Memory
+    ) -> tuple[Float[Array, "B R T D"], Float[Array, "B R D"]]:
+        """What the first block takes: the tokens [state | future | actions], and the embedded flow time."""
+        bucket = jnp.floor(time * BUCKETS)
+        embedded = self.time_out(jax.nn.silu(self.time_in(sinusoid(bucket, SINUSOID))))
+        return self._tokens(actions, bucket, memory.state), embedded
 
     def _tokens(self, actions, bucket, state) -> Float[Array, "B R T D"]:
         """[state | future | actions]; each action is encoded together with the flow time: W3 swish(W2 [W1 a; tau])."""

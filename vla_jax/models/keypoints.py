@@ -68,10 +68,22 @@ class KeypointEncoder(nnx.Module):
 
     def __call__(self, images: dict[str, UInt8[Array, "B height width 3"]]) -> Float[Array, "B T D"]:
         """All views' tokens, view after view."""
-        pixels = stack_views(images, self.views, self.image_size)
-        B, views = pixels.shape[:2]
-        tokens = self.project(self.locate(pixels.reshape(B * views, *pixels.shape[2:])).reshape(B, self.tokens, 3))
+        tokens = self.project(self._locate_all(images))
         return tokens + self.identity[...].astype(tokens.dtype)
+
+    @property
+    def reach(self) -> int:
+        """Side in pixels of the square that a token stands for: a pixel of its map."""
+        return self.config.patch
+
+    def places(self, images: dict[str, UInt8[Array, "B height width 3"]]) -> Float[Array, "B T 2"]:
+        """(column, row) of every token's keypoint, in pixels of its view."""
+        steps = (self._locate_all(images)[..., :2] / 3**0.5 + 1) / 2 * (self.image_size // self.reach - 1)
+        return self.reach * (steps + 0.5)
+
+    def _locate_all(self, images) -> Float[Array, "B T 3"]:
+        pixels = stack_views(images, self.views, self.image_size)
+        return self.locate(pixels.reshape(-1, *pixels.shape[2:])).reshape(len(pixels), self.tokens, 3)
 
     def locate(self, pixels: UInt8[Array, "B height width 3"]) -> Float[Array, "B P 3"]:
         """(column, row, strength) of every keypoint. Places are those of `grid`; strength is the map's mean there."""

@@ -88,6 +88,16 @@ class Instruction(NamedTuple):
     mask: Bool[Array, "B L"]
 
 
+class Packed(NamedTuple):
+    """What the trunk takes, see `Trunk.__call__`."""
+
+    sequence: Float[Array, "B T D"]
+    layout: Layout
+    valid: Bool[Array, "B T"]
+    position: Int[Array, "3 T"] | None
+    taps: Float[Array, "n B T D"] | None
+
+
 class Reading(NamedTuple):
     """What the trunk made of one branch.
 
@@ -178,7 +188,7 @@ class Policy(Words):
             raise UserError(f"instructions of {text} tokens; this policy was made for at most {self.facts.max_tokens}")
         queries = 0 if self.queries is None else self.config.queries
         room = self.facts.max_tokens
-        return branched(self._prefix(), queries, text, room, tuple(branches), actions=self.config.chunk)
+        return branched(self.prefix, queries, text, room, tuple(branches), actions=self.config.chunk)
 
     @property
     def _views(self) -> list[tuple[str, slice]]:
@@ -186,7 +196,8 @@ class Policy(Words):
         each = self.vision.tokens // len(self.config.views)
         return [(view, slice(index * each, (index + 1) * each)) for index, view in enumerate(self.config.views)]
 
-    def _prefix(self) -> tuple[Span, ...]:
+    @property
+    def prefix(self) -> tuple[Span, ...]:
         """The spans that all branches share: the pictures, with words around them where the model is used to it."""
         config = self.config
         grid = self.vision.grid if config.trunk.rope_sections else None
@@ -208,11 +219,26 @@ class Policy(Words):
         chunk: Chunk | None = None,
         other: Instruction | None = None,
     ) -> dict[str, Reading]:
-        """Read the sequence once; several branches are packed after one shared image: [v | Q l | l Q | a l | s l | …].
+        """Read the sequence once, for all branches.
 
         branches: some of `sequence.layouts.BRANCHES`.
         chunk: the actions that the branch "action" reads. other: the instruction that the branch "negative" reads.
         """
+        packed = self.pack(images, tokens, token_mask, branches, chunk, other)
+        hidden = self.trunk(*packed)
+        return {branch: self._reading(hidden, packed.valid, packed.layout, branch) for branch in branches}
+
+    def pack(
+        self,
+        images: dict[str, Array],
+        tokens: Int[Array, "B L"],
+        token_mask: Bool[Array, "B L"],
+        branches: tuple[str, ...],
+        chunk: Chunk | None = None,
+        other: Instruction | None = None,
+    ) -> Packed:
+        """The sequence that `encode` reads; several branches are packed after one shared image:
+        [v | Q l | l Q | a l | s l | …]."""
         layout = self.layout(tokens.shape[1], branches)
         parts, taps = self.embed(images, tokens, chunk, other)
         masks = {"text": token_mask} if other is None else {"text": token_mask, "other": other.mask}
@@ -223,9 +249,7 @@ class Policy(Words):
         )
         if taps is not None:
             taps = self._spread(taps, layout)
-        position = layout.places if self.config.trunk.rope_sections else None
-        hidden = self.trunk(sequence, layout, valid, position, taps)
-        return {branch: self._reading(hidden, valid, layout, branch) for branch in branches}
+        return Packed(sequence, layout, valid, layout.places if self.config.trunk.rope_sections else None, taps)
 
     def _reading(self, hidden, valid, layout: Layout, branch: str) -> Reading:
         name = f"{branch}/{'other' if branch == 'negative' else 'text'}"
@@ -234,7 +258,7 @@ class Policy(Words):
         if branch in ("action", "words"):
             return Reading(hidden[:, text], valid[:, text], predictors)
         if self.queries is None:
-            seen = slice(sum(span.length for span in self._prefix())), text
+            seen = slice(sum(span.length for span in self.prefix)), text
             hidden, valid = (jnp.concatenate([each[:, where] for where in seen], 1) for each in (hidden, valid))
             return Reading(hidden, valid, predictors)
         return Reading(hidden[:, layout[f"{branch}/query"]], None, predictors)

@@ -10,6 +10,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
@@ -99,6 +100,19 @@ class VisionEncoder(nnx.Module):
     def grid(self) -> tuple[int, int]:
         """Rows and columns of one view's tokens."""
         return (self.image_size // (self.patch_size * self.merge),) * 2
+
+    @property
+    def reach(self) -> int:
+        """Side in pixels of the square that a token stands for."""
+        return self.patch_size * self.merge
+
+    def places(self, images: dict[str, UInt8[Array, "B height width 3"]]) -> Float[Array, "B T 2"]:
+        """(column, row) of the middle of every token's square, in pixels of its view."""
+        middle = self.reach * (np.arange(self.image_size // self.reach) + 0.5)
+        row, column = np.meshgrid(middle, middle, indexing="ij")
+        one_view = np.stack([column.ravel(), row.ravel()], -1)
+        size = len(images[self.views[0]])
+        return jnp.broadcast_to(np.tile(one_view, (len(self.views), 1)), (size, self.tokens, 2))
 
     def __call__(self, images: dict[str, UInt8[Array, "B height width 3"]]) -> Float[Array, "B T D"]:
         """All views' tokens, view after view, each in raster order."""

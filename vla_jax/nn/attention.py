@@ -17,6 +17,20 @@ from vla_jax.nn.norm import RMSNorm
 from vla_jax.nn.rotary import Rotation, rotate
 
 
+def attention_weights(
+    query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], mask: Bool[Array, "#B #T S"] | None = None
+) -> Float[Array, "B N T S"]:
+    """softmax(q k / sqrt(H)) in float32; see `attend`."""
+    B, T, N, H = query.shape
+    K = key.shape[2]
+    # Heads before tokens makes every product a batch of plain matrices. Below, N counts query heads of one key head.
+    query = jnp.moveaxis((query * H**-0.5).reshape(B, T, K, N // K, H), 1, 3)
+    scores = jnp.einsum("BKNTH,BKSH->BKNTS", query, jnp.swapaxes(key, 1, 2), preferred_element_type=jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, -1e30)
+    return jax.nn.softmax(scores, -1).reshape(B, N, T, -1)
+
+
 def attend(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
@@ -28,15 +42,9 @@ def attend(
     mask: True where a query may look; None is everywhere. Every query must see at least one key.
     """
     B, T, N, H = query.shape
-    K = key.shape[2]
-    # Heads before tokens makes every product a batch of plain matrices. Below, N counts query heads of one key head.
-    query = jnp.moveaxis((query * H**-0.5).reshape(B, T, K, N // K, H), 1, 3)
-    key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
-    scores = jnp.einsum("BKNTH,BKSH->BKNTS", query, key, preferred_element_type=jnp.float32)
-    if mask is not None:
-        scores = jnp.where(mask[:, None, None], scores, -1e30)
-    weights = jax.nn.softmax(scores, -1).astype(value.dtype)
-    seen = jnp.einsum("BKNTS,BKSH->BKNTH", weights, value)
+    S, K = key.shape[1:3]
+    weights = attention_weights(query, key, mask).astype(value.dtype).reshape(B, K, N // K, T, S)
+    seen = jnp.einsum("BKNTS,BKSH->BKNTH", weights, jnp.swapaxes(value, 1, 2))
     return jnp.moveaxis(seen, 3, 1).reshape(B, T, N, H)
 
 
@@ -94,6 +102,13 @@ class Attention(nnx.Module):
         self.key_norm = RMSNorm(head_width, epsilon) if qk_norm else None
         self.head_width = head_width
 
+    def queries(self, x: Float[Array, "B T D"], rotary: Rotation | None = None) -> Float[Array, "B T N H"]:
+        """What looks."""
+        query = self._heads(self.query(x))
+        if self.query_norm is not None:
+            query = self.query_norm(query)
+        return query if rotary is None else rotate(query, rotary)
+
     def keys_values(
         self, context: Float[Array, "B S D"], rotary: Rotation | None = None
     ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
@@ -112,12 +127,7 @@ class Attention(nnx.Module):
         rotary: Rotation | None = None,
     ) -> Float[Array, "B T D"]:
         """Look from x at given keys and values, everywhere or as `mask` says."""
-        query = self._heads(self.query(x))
-        if self.query_norm is not None:
-            query = self.query_norm(query)
-        if rotary is not None:
-            query = rotate(query, rotary)
-        seen = (attend_in_blocks if isinstance(mask, tuple) else attend)(query, key, value, mask)
+        seen = (attend_in_blocks if isinstance(mask, tuple) else attend)(self.queries(x, rotary), key, value, mask)
         return self.output(seen.reshape(*x.shape[:2], -1))
 
     def __call__(
