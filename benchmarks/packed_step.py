@@ -53,11 +53,11 @@ SIZES = {  # policy, image size, text tokens, batch, noise draws
 class TwoPasses(Policy):
     """The branches one after the other, each with its own image tokens."""
 
-    def encode(self, images, tokens, token_mask, branches=("posterior",), chunk=None):
+    def encode(self, images, tokens, token_mask, branches=("posterior",), *read):
         readings = {}
         for branch in branches:
             images = jax.lax.optimization_barrier(images)  # or XLA would notice that the images are the same
-            readings |= super().encode(images, tokens, token_mask, (branch,), chunk)
+            readings |= super().encode(images, tokens, token_mask, (branch,), *read)
         return readings
 
 

@@ -26,7 +26,7 @@ def keep_freed_memory() -> None:
     """Makes the C library keep what a step frees for the next one, where the library is glibc; else nothing happens.
 
     XLA on a CPU allocates its temporary buffers anew for every call. Large ones glibc takes from the system and gives
-    back each time, and the system clears every page again, which takes a third of a small policy's training step
+    back each time, and the system clears every page again, which took up to a third of a small policy's training step
     (docs/benchmarks.md). The process just does not shrink between steps.
     """
     try:
