@@ -1,11 +1,14 @@
 """Stage 0: a language model that knows the table, before any action: captions, pointing, yes and no.
 
 python -m experiments.train --config=configs/grounding.py --config.data.directory=DATA --workdir=runs/grounding
-python -m experiments.train --config=configs/train.py:balanced --config.init_from=runs/grounding \\
+python -m experiments.train --config=configs/train.py:cotrained --config.init_from=runs/grounding \
+    --config.policy.encoder=keypoints --config.policy.keypoints.points=32 \
+    --config.policy.trunk.depth=2 --config.policy.views=front \
     --config.data.directory=DATA --workdir=runs/x
 
 DATA gives the words and the look of the table; its demonstrations are not read. The questions are those of
-`vla_jax.envs.questions`. What the run learns are the parts in `models.policy.LANGUAGE_MODEL`.
+`vla_jax.envs.questions`. What the run learns are the parts in `models.policy.LANGUAGE_MODEL`; who starts
+from them has to have the same sizes.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """Weighs demonstrations so that the look of a scene no longer gives away what is asked (see vla_jax/data/balance.py).
 
 python -m experiments.balance --config.data.directory=DATA --config.init_from=runs/grounding --workdir=runs/balance
-python -m experiments.train --config=configs/train.py:balanced --config.data.directory=DATA \\
+python -m experiments.train --config=configs/train.py:balanced --config.data.directory=DATA \
     --config.data.weights=runs/balance/information.json --workdir=runs/x
 
 Trains a language model on the demonstrations' pictures and instructions, then asks it of every episode how much the

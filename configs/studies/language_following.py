@@ -24,7 +24,7 @@ SPLITS = ("in_distribution", "swapped", "paraphrases", "held_out_pairs", "blank"
 
 
 def fast(name: str) -> ConfigDict:
-    """An arm that learns to reach within a minute or two on one core, starting from `configs.grounding`."""
+    """An arm that learns to reach within a few minutes on one core, starting from `configs.grounding`."""
     config = train.get_config(name)
     stage0 = grounding.get_config()
     config.policy.update(stage0.policy)
