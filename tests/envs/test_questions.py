@@ -146,6 +146,8 @@ def test_the_stream_goes_on_where_it_was(questioner):
     other = QuestionStream(questioner, 4)
     other.set_state(stream.get_state())
     np.testing.assert_array_equal(next(other)["questions"]["tokens"], next(stream)["questions"]["tokens"])
+    with pytest.raises(UserError, match="seed was 0, is 1"):
+        QuestionStream(make_questioner(seed=1), 4).set_state(stream.get_state())
     half = QuestionStream(questioner, 4, process_index=1, processes=2)
     np.testing.assert_array_equal(next(half)["questions"]["tokens"], batches[0]["questions"]["tokens"][1::2])
 

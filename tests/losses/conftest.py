@@ -5,9 +5,12 @@ import functools
 
 import jax
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
+from vla_jax.losses.llr import initial_gate
+from vla_jax.losses.objective import objective
 from vla_jax.models.expert import ExpertConfig
 from vla_jax.models.normalizer import DataFacts
 from vla_jax.models.policy import Policy, PolicyConfig
@@ -44,11 +47,8 @@ def made(conditioning):
 def make_policy():
     """A new policy with the same parameters at each call."""
 
-    def make(conditioning="queries"):
-        graph, state = made(conditioning)
-        return nnx.merge(graph, jax.tree.map(lambda leaf: leaf, state))  # variables of its own: a test may set them
-
-    return make
+    # Copies: a test may set the variables of its policy.
+    return lambda conditioning="queries": nnx.merge(*made(conditioning), copy=True)
 
 
 @pytest.fixture(scope="session")
@@ -96,3 +96,29 @@ def word_and_action(random, size, keep):
 def synthetic():
     """(random, size, keep) -> a batch whose information between word and action is known."""
     return word_and_action
+
+
+@pytest.fixture(scope="session")
+def fit():
+    """(policy, config, [(batch, key), ...]) -> the policy after an Adam step on each, and the terms of every step."""
+
+    def fit(policy, config, steps):
+        graph, params, rest = nnx.split(policy, nnx.Param, ...)
+        optimizer = optax.adam(3e-3)
+
+        def loss(params, batch, key):
+            return objective(nnx.merge(graph, params, rest), batch, key, config, initial_gate())
+
+        @jax.jit
+        def step(params, opt_state, batch, key):
+            (_, (terms, _)), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
+            updates, opt_state = optimizer.update(gradient, opt_state)
+            return optax.apply_updates(params, updates), opt_state, terms
+
+        opt_state, history = optimizer.init(params), []
+        for batch, key in steps:
+            params, opt_state, terms = step(params, opt_state, batch, key)
+            history.append(terms)
+        return nnx.merge(graph, params, rest), history
+
+    return fit

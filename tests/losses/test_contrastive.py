@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
@@ -143,28 +142,15 @@ def test_turning_the_batch_changes_nothing(policy, batch, compile):
 
 
 @pytest.mark.parametrize("keep", [0.9, 0.5])
-def test_training_separates_the_instructions_as_far_as_the_actions_do(make_policy, synthetic, keep):
+def test_training_separates_the_instructions_as_far_as_the_actions_do(make_policy, fit, synthetic, keep):
     """From a policy to which all words are one, valid_fraction (log 2 - value) grows from 0, but not beyond
     I(l; a | v) = ln 2 - H(keep)."""
     policy = make_policy()
     policy.words[...] = jnp.broadcast_to(policy.words[...][:1], policy.words.shape)
-    graph, params, rest = nnx.split(policy, nnx.Param, ...)
-    optimizer = optax.adam(3e-3)
-
-    def loss(params, batch, key):
-        return objective(nnx.merge(graph, params, rest), batch, key, CONFIG, initial_gate())
-
-    @jax.jit
-    def step(params, opt_state, batch, key):
-        (_, (terms, _)), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
-        updates, opt_state = optimizer.update(gradient, opt_state)
-        found = terms["contrastive"]
-        return optax.apply_updates(params, updates), opt_state, found.valid_fraction * (np.log(2) - found.value)
-
-    random, opt_state, bounds = np.random.default_rng(0), optimizer.init(params), []
-    for key in jax.random.split(KEY, 300):
-        params, opt_state, bound = step(params, opt_state, synthetic(random, 64, keep), key)
-        bounds.append(float(bound))
+    random = np.random.default_rng(0)
+    _, history = fit(policy, CONFIG, ((synthetic(random, 64, keep), key) for key in jax.random.split(KEY, 300)))
+    found = [terms["contrastive"] for terms in history]
+    bounds = [float(term.valid_fraction * (np.log(2) - term.value)) for term in found]
     information, reached = np.log(2) + keep * np.log(keep) + (1 - keep) * np.log(1 - keep), np.mean(bounds[-100:])
     assert abs(np.mean(bounds[:5])) < 0.01
     assert information / 3 - 0.02 < reached < information + 0.02, (reached, information)

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
@@ -99,25 +98,12 @@ def test_the_policy_is_judged_by_a_reader_that_does_not_learn_from_it(policy, ba
 
 
 @pytest.mark.parametrize("keep", [0.9, 0.5])
-def test_the_estimate_converges_to_the_information(policy, synthetic, keep):
+def test_the_estimate_converges_to_the_information(policy, fit, synthetic, keep):
     """I(l; a | v) = ln 2 - H(keep) for two equally likely words; 0 when the action says nothing."""
     config = LossConfig(prior_weight=0.0, llr_weight=0.0, language_weight=1.0, reader_weight=1.0, noise_draws=1)
-    graph, params, rest = nnx.split(policy, nnx.Param, ...)
-    optimizer = optax.adam(3e-3)
-
-    def loss(params, batch):
-        return objective(nnx.merge(graph, params, rest), batch, KEY, config, initial_gate())
-
-    @jax.jit
-    def step(params, opt_state, batch):
-        (_, (terms, _)), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch)
-        updates, opt_state = optimizer.update(gradient, opt_state)
-        return optax.apply_updates(params, updates), opt_state, terms["information"].value
-
-    random, opt_state, found = np.random.default_rng(0), optimizer.init(params), []
-    for _ in range(300):
-        params, opt_state, value = step(params, opt_state, synthetic(random, 64, keep))
-        found.append(float(value))
+    random = np.random.default_rng(0)
+    _, history = fit(policy, config, ((synthetic(random, 64, keep), KEY) for _ in range(300)))
+    found = [float(terms["information"].value) for terms in history]
     expected = np.log(2) + keep * np.log(keep) + (1 - keep) * np.log(1 - keep)
     assert abs(np.mean(found[-100:]) - expected) < 0.06, (np.mean(found[-100:]), expected)
 

@@ -15,6 +15,7 @@ Axis legend: B questions, N object slots, R referents, L tokens, H x W picture.
 
 import dataclasses
 import functools
+import operator
 from typing import Any
 
 import grain
@@ -24,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from vla_jax.data import tokenizer as tokenizers
 from vla_jax.data.contract import Contract
+from vla_jax.data.loader import DataConfig, Loader
 from vla_jax.envs import language
 from vla_jax.envs.bias import BiasConfig
 from vla_jax.envs.camera import project
@@ -167,6 +169,7 @@ class Questioner:
     ):
         self._world = (env, bias, scene)
         self._stream = (seed, int(held_out))
+        self.stream = {"seed": seed, "held_out": held_out}  # names what is asked
         self._tokenizer, self._length = tokenizers.from_json(contract.tokenizer), contract.max_tokens
 
     def __call__(self, number: int, rows: Int[np.ndarray, "B"]) -> dict[str, Any]:
@@ -182,7 +185,8 @@ class Questioner:
         for index, row in enumerate(rows):
             rng = np.random.default_rng((*self._stream, number, row))
             kinds.append(rng.choice(len(KINDS), p=SHARES))
-            asked = ask(KINDS[kinds[-1]], self._world[0].task, take(scene, index), fits[index], pixels[index], rng)
+            one = jax.tree.map(operator.itemgetter(index), scene)
+            asked = ask(KINDS[kinds[-1]], self._world[0].task, one, fits[index], pixels[index], rng)
             texts.append(f"{asked.question} {asked.answer}")
             lengths.append(len(asked.question.split()))
         tokens, mask = tokenizers.encode(self._tokenizer, texts, self._length)
@@ -214,11 +218,6 @@ def _draw(
     return images, pixels, scene, language.fitting_referents(scene)
 
 
-def take(scene: Scene, index: int) -> Scene:
-    """One scene of a batch on the host."""
-    return jax.tree.map(lambda leaf: leaf[index], scene)
-
-
 class QuestionStream:
     """A stream of batches with "questions" in them: those of `data` with questions added, or of questions alone.
 
@@ -226,40 +225,33 @@ class QuestionStream:
     """
 
     def __init__(self, ask: Questioner, batch_size: int, data: Any = None, process_index: int = 0, processes: int = 1):
-        self._data, self._taken, self._iterator = data, 0, None
         rows = np.arange(batch_size)[process_index::processes]
-        self._batches = grain.MapDataset.range(2**31 - 1).map(lambda number: {"number": number, **ask(number, rows)})
+        batches = grain.MapDataset.range(2**31 - 1).map(lambda number: {"number": number, **ask(number, rows)})
+        stream = {"batch_size": batch_size, **ask.stream}
+        self._questions, self._data = Loader(batches, DataConfig(threads=1, prefetch=2), stream), data
 
     def __iter__(self):
         return self
 
     def __next__(self) -> dict[str, Any]:
-        if self._iterator is None:
-            options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-            self._iterator = iter(self._batches[self._taken :].to_iter_dataset(options))
-        questions = next(self._iterator)
+        questions = next(self._questions)
         number, count = questions.pop("number"), len(questions["kind"])
-        batch = (
-            next(self._data)
-            if self._data is not None
-            else {"episode": np.full(count, number), "step": np.arange(count)}
-        )
-        self._taken += 1
-        return {**batch, "questions": questions}
+        if self._data is None:
+            return {"episode": np.full(count, number), "step": np.arange(count), "questions": questions}
+        return {**next(self._data), "questions": questions}
 
     def get_state(self) -> dict[str, Any]:
         """The position, as a JSON-able dictionary."""
-        return {"questions": self._taken, "data": self._data.get_state() if self._data is not None else None}
+        return {"questions": self._questions.get_state(), "data": self._data and self._data.get_state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to a position of `get_state`."""
-        self.close()
-        self._taken = int(state["questions"])
+        """Goes to a position of `get_state`. Raises UserError if it belongs to another stream."""
+        self._questions.set_state(state["questions"])
         if self._data is not None:
             self._data.set_state(state["data"])
 
     def close(self) -> None:
         """Stops reading ahead."""
-        self._iterator = None
+        self._questions.close()
         if self._data is not None:
             self._data.close()

@@ -8,6 +8,7 @@ Axes: B batch, T sequence length, S key length, I pictures, D model width, V voc
 
 from __future__ import annotations
 
+import abc
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -34,13 +35,13 @@ class VLM(Words):
         self.trunk = Trunk(config.trunk, dtype=config.dtype, rngs=rngs)
         self.config = config
 
+    @abc.abstractmethod
     def prepare(self, **inputs: np.ndarray) -> Prompt:
         """The arrays of a processor of this family, checked and laid out."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def see(self, pictures: Any) -> tuple[Float[Array, "S D"], Float[Array, "n S D"] | None]:
         """All pictures' tokens, one after another, and their taps for the first trunk layers."""
-        raise NotImplementedError
 
     def embed(self, prompt: Prompt) -> tuple[Float[Array, "B T D"], Float[Array, "n B T D"] | None]:
         """The trunk's inputs."""

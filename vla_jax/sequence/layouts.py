@@ -28,9 +28,8 @@ def branched(
     Every token keeps the position that it would have with its branch alone.
 
     image: number of tokens, or the spans of the shared prefix, all in segment 0. queries, text, actions: numbers of
-    tokens. room: positions reserved for the text (>= text), so that the
-    position of the posterior's queries does not depend on how far a batch is padded. queries = 0 leaves the queries
-    out.
+    tokens. room: positions reserved for the text (>= text), so that the position of the posterior's queries does not
+    depend on how far a batch is padded. queries = 0 leaves the queries out.
     """
     unknown = [name for name in branches if name not in BRANCHES]
     if unknown or not branches:
