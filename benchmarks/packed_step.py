@@ -1,6 +1,6 @@
 """What the second branch costs: a packed training step against a single branch and against two complete passes.
 
-    python -m benchmarks.packed_step                     # both sizes
+    python -m benchmarks.packed_step                     # all sizes
     python -m benchmarks.packed_step --size=quickstart --rounds=30
     python -m benchmarks.packed_step --memory=returned   # without what every entry point does (platform.py)
 
@@ -47,6 +47,7 @@ WIDE = PolicyConfig(
 SIZES = {  # policy, image size, text tokens, batch, noise draws
     "quickstart": (QUICKSTART.policy, 64, 14, 64, QUICKSTART.loss.noise_draws),
     "256 image tokens": (WIDE, 128, 24, 16, 4),
+    "2 x 256 image tokens": (dataclasses.replace(WIDE, views=("front", "wrist")), 128, 24, 8, 4),
 }
 
 

@@ -19,6 +19,7 @@ from flax import nnx
 
 import vla_jax
 from vla_jax.models.vlm import VLM
+from vla_jax.platform import keep_freed_memory
 
 IMAGE, BATCH, GRID, WORDS = 1000, 4, (32, 32), 24  # 256 picture tokens a sample
 VISION = dict(
@@ -127,6 +128,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--compile", action="store_true", help="torch.compile too; takes minutes")
     arguments = parser.parse_args()
+    keep_freed_memory()
     with tempfile.TemporaryDirectory() as directory:
         programs = their_programs(directory, arguments.compile)
         programs |= our_programs(directory)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.test_util import check_grads
 
 from vla_jax.errors import UserError
 from vla_jax.nn.attention import Attention, Block, attend, attend_in_blocks
@@ -88,6 +89,28 @@ def test_hidden_keys_have_no_effect_and_no_gradient():
     gradient = jax.grad(lambda k, v: attend(q, k, v, mask).sum(), argnums=(0, 1))(k, v)
     assert all((np.asarray(g)[:, 2] == 0).all() and (np.asarray(g)[:, 1] != 0).any() for g in gradient)
     close(attend(q, k, v, mask), attend(q, k[:, :2], v[:, :2]))
+
+
+def test_attention_has_the_derivatives_of_its_formula():
+    """In both modes and twice over, with grouped heads and a mask."""
+    q, k, v = normal(2, 3, 4, 2), normal(2, 5, 2, 2, seed=1), normal(2, 5, 2, 2, seed=2)
+    mask = jnp.arange(5) <= jnp.arange(3)[:, None] + 1
+    check_grads(lambda q, k, v: attend(q, k, v, mask[None]), (q, k, v), order=2, atol=0.02, rtol=0.02)
+
+    def formula(q, k, v):
+        k, v = (jnp.repeat(x, 2, 2) for x in (k, v))
+        scores = jnp.einsum("btnh,bsnh->bnts", q, k) * 2**-0.5
+        weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), -1)
+        return jnp.einsum("bnts,bsnh->btnh", weights, v)
+
+    for ours, theirs in zip(
+        *(
+            jax.grad(lambda *x, f=f: jnp.sum(jnp.sin(f(*x))), argnums=(0, 1, 2))(q, k, v)
+            for f in (lambda q, k, v: attend(q, k, v, mask[None]), formula)
+        ),
+        strict=True,
+    ):
+        close(ours, theirs)
 
 
 def test_attention_normalises_in_float32():

@@ -54,12 +54,13 @@ class QwenVisionConfig:
 class Pictures(NamedTuple):
     """Pictures cut into patches (in merging order), with what their places in the picture imply.
 
+    valid: False at padding; None where all pictures are of one size, so that nothing has to be masked.
     place: row and column, counted in patches. corner, weight: which four entries of the position table surround the
     patch and how near they are.
     """
 
     patches: Float[Array, "I P F"]
-    valid: Bool[Array, "I P"]
+    valid: Bool[Array, "I P"] | None
     place: Int[Array, "I 2 P"]
     corner: Int[Array, "I P 4"]
     weight: Float[Array, "I P 4"]
@@ -115,7 +116,7 @@ class QwenVision(nnx.Module):
         table = self.position[...].astype(jnp.float32)
         position = jnp.einsum("IPWD,IPW->IPD", table[pictures.corner], pictures.weight)
         patches = self.patch(pictures.patches)
-        mask = pictures.valid[:, None]
+        mask = None if pictures.valid is None else pictures.valid[:, None]
         rotary = plane_rotation(pictures.place, self.config.width // self.config.heads)
 
         def layer(block, x, each):
@@ -168,9 +169,8 @@ class QwenViews(QwenVision):
         side = self.image_size // self.config.patch
         place = in_merging_order((side, side), self.config.merge)
         corner, weight = surroundings(place, (side, side), self.config.grid)
-        valid = np.ones((1, side**2), bool)
         patches = cut(pixels.reshape(B * views, *pixels.shape[2:]) / 127.5 - 1.0, self.config)
-        tokens, taps = super().__call__(Pictures(patches, valid, place[None], corner[None], weight[None]))
+        tokens, taps = super().__call__(Pictures(patches, None, place[None], corner[None], weight[None]))
         return tokens.reshape(B, self.tokens, -1), taps.reshape(len(taps), B, self.tokens, -1)
 
 
@@ -191,7 +191,7 @@ def lay_out(config: QwenVisionConfig, patches: Float[np.ndarray, "S F"], grids: 
     merge = config.merge
     out = Pictures(
         np.zeros((len(grids), most, config.patch_width), np.float32),
-        np.arange(most) < np.array(sizes)[:, None],
+        np.arange(most) < np.array(sizes)[:, None] if min(sizes) < most else None,
         np.zeros((len(grids), 2, most), np.int32),
         np.zeros((len(grids), most, 4), np.int32),
         np.zeros((len(grids), most, 4), np.float32),

@@ -21,14 +21,8 @@ def attention_weights(
     query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], mask: Bool[Array, "#B #T S"] | None = None
 ) -> Float[Array, "B N T S"]:
     """softmax(q k / sqrt(H)) in float32; see `attend`."""
-    B, T, N, H = query.shape
-    K = key.shape[2]
-    # Heads before tokens makes every product a batch of plain matrices. Below, N counts query heads of one key head.
-    query = jnp.moveaxis((query * H**-0.5).reshape(B, T, K, N // K, H), 1, 3)
-    scores = jnp.einsum("BKNTH,BKSH->BKNTS", query, jnp.swapaxes(key, 1, 2), preferred_element_type=jnp.float32)
-    if mask is not None:
-        scores = jnp.where(mask[:, None, None], scores, -1e30)
-    return jax.nn.softmax(scores, -1).reshape(B, N, T, -1)
+    B, T, N, _ = query.shape
+    return _weights(*_by_heads(query, key), mask).reshape(B, N, T, -1)
 
 
 def attend(
@@ -41,11 +35,47 @@ def attend(
 
     mask: True where a query may look; None is everywhere. Every query must see at least one key.
     """
+    seen = _attend(*_by_heads(query, key), jnp.swapaxes(value, 1, 2), mask)
+    return jnp.moveaxis(seen, 3, 1).reshape(query.shape)
+
+
+# Below, N counts query heads of one key head. Heads before tokens makes every product a batch of plain matrices.
+
+
+def _by_heads(query, key) -> tuple[Float[Array, "B K N T H"], Float[Array, "B K S H"]]:
     B, T, N, H = query.shape
-    S, K = key.shape[1:3]
-    weights = attention_weights(query, key, mask).astype(value.dtype).reshape(B, K, N // K, T, S)
-    seen = jnp.einsum("BKNTS,BKSH->BKNTH", weights, jnp.swapaxes(value, 1, 2))
-    return jnp.moveaxis(seen, 3, 1).reshape(B, T, N, H)
+    K = key.shape[2]
+    return jnp.moveaxis((query * H**-0.5).reshape(B, T, K, N // K, H), 1, 3), jnp.swapaxes(key, 1, 2)
+
+
+def _scores(query, key) -> Float[Array, "B K N T S"]:
+    return jnp.einsum("BKNTH,BKSH->BKNTS", query, key, preferred_element_type=jnp.float32)
+
+
+def _weights(query, key, mask) -> Float[Array, "B K N T S"]:
+    scores = _scores(query, key)
+    return jax.nn.softmax(scores if mask is None else jnp.where(mask[:, None, None], scores, -1e30), -1)
+
+
+def _mix(weights, value) -> Float[Array, "B K N T H"]:
+    return jnp.einsum("BKNTS,BKSH->BKNTH", weights.astype(value.dtype), value)
+
+
+@jax.custom_jvp
+def _attend(query, key, value, mask) -> Float[Array, "B K N T H"]:
+    return _mix(_weights(query, key, mask), value)
+
+
+@_attend.defjvp
+def _attend_jvp(primals, tangents):
+    """The derivative with sum_s P dS taken where a query has H numbers, not S (FlashAttention, arXiv 2205.14135,
+    appendix B.2), and without the mask, since P is zero there: transposed, one pass over T x S numbers, not four."""
+    (query, key, value, mask), (query_dot, key_dot, value_dot, _) = primals, tangents
+    weights = _weights(query, key, mask)
+    seen = _mix(weights, value)
+    change = weights * (_scores(query_dot, key) + _scores(query, key_dot))
+    total = jnp.sum(change, -1, keepdims=True).astype(seen.dtype)
+    return seen, _mix(weights, value_dot) + _mix(change, value) - total * seen
 
 
 class Block(NamedTuple):
