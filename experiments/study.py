@@ -39,7 +39,7 @@ from vla_jax.errors import UserError
 from vla_jax.evaluation import listening
 from vla_jax.evaluation.evaluate import Evaluator, World
 from vla_jax.evaluation.report import require_extra
-from vla_jax.evaluation.results import write_atomically
+from vla_jax.evaluation.results import save_results, write_atomically
 from vla_jax.evaluation.retention import answer_accuracy
 from vla_jax.evaluation.study import Cell, comparisons, figure, load_cells, markdown, measure_table, save_cell, table
 from vla_jax.platform import setup_compilation_cache
@@ -222,6 +222,7 @@ def _run_claimed(config: StudyConfig, cell: Cell, workdir: Path) -> None:
     policy, contract, trained = load_policy(run_dir)
     world = dataclasses.replace(World.of(contract, trained.eval), bias=BiasConfig(cell.coupling, cell.rho))
     results = Evaluator(contract, trained.eval, world)(policy, cell.arm, arm.steps)
+    save_results(run_dir, results)  # for who opens this run alone
     measures = listening.measure(policy, contract, trained.eval)
     measures |= answer_accuracy(policy, contract, world)
     save_cell(workdir / "results", cell, results, provenance(contract), measures)

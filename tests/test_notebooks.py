@@ -137,12 +137,14 @@ def test_a_study_grows_cell_by_cell(runs, tmp_path, monkeypatch):
     assert learned_from == {"a": 0.5, "b": 1.0}
     marks = {result.cell.arm: result.fingerprints for result in load_cells(tmp_path / "results")}
     assert marks["a"] == marks["b"], "both met the scenes of rho = 0.5"
+    assert load_run(tmp_path / "runs" / "uniqueness-rho0.5-a-seed0").last.step == 3, "a run opens by itself"
     assert (tmp_path / "study.png").is_file() and "### uniqueness, ρ = 0.5" in (tmp_path / "study.md").read_text()
     monkeypatch.delattr("experiments.study.train_once")
     study(config, tmp_path)
     assert json.loads((tmp_path / "study.json").read_text()) == first
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a worker needs a core")
 def test_a_study_is_spread_over_workers(cache, tmp_path):
     arm = dataclasses.replace(tiny_comparison().arms["full"], steps=3, checkpoint_every=3)

@@ -137,13 +137,15 @@ class VisionEncoder(nnx.Module):
 def stack_views(
     images: dict[str, UInt8[Array, "B size size 3"]], views: tuple[str, ...], size: int
 ) -> UInt8[Array, "B views size size 3"]:
-    """The named pictures side by side. Raises UserError where one is missing or of another size."""
+    """The named pictures side by side. Raises UserError where one is missing, of another size, or not uint8."""
     for view in views:
         shape = images[view].shape[1:] if view in images else None
         if shape != (size, size, 3):
             raise UserError(
                 f"the policy needs a {size} x {size} RGB image {view!r}, got {'none' if shape is None else shape}"
             )
+        if images[view].dtype != jnp.uint8:
+            raise UserError(f"the image {view!r} must be uint8, 0 to 255, got {images[view].dtype}: do not scale it")
     return jnp.stack([images[view] for view in views], 1)
 
 
