@@ -161,7 +161,8 @@ def override(config: ConfigDict, key: str, text: str, schema: type | None = None
 
 
 def run_entry(main: Callable[[Sequence[str]], Any]) -> None:
-    """Runs an entry point: a UserError is one line and status 2, Ctrl-C is 130; bugs keep their traceback."""
+    """Runs an entry point: a UserError is one line and status 2, Ctrl-C is 130 (or the status that the interrupt
+    carries); bugs keep their traceback."""
     keep_freed_memory()
     try:
         main(sys.argv[1:])
@@ -170,7 +171,7 @@ def run_entry(main: Callable[[Sequence[str]], Any]) -> None:
         raise SystemExit(2) from None
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(getattr(stop, "status", 130)) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

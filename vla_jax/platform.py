@@ -2,7 +2,12 @@
 
 import ctypes
 import os
+import sys
 from pathlib import Path
+
+import numpy as np
+
+from vla_jax.errors import UserError
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
 
@@ -20,6 +25,61 @@ def setup_compilation_cache() -> str:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return directory
+
+
+def start_processes(coordinator: str | None, processes: str | None, process: str | None, autodetect: bool) -> None:
+    """Makes this process one of several that train together, where it is told to; before JAX is used for anything else.
+
+    Only the first process prints; errors come from all of them.
+
+    Args:
+        coordinator: "host:port" of the first process. processes: how many there are. process: which one this is.
+        autodetect: let JAX find all three out, from SLURM, Open MPI, or the metadata of a Cloud TPU.
+    """
+    given = [value is not None for value in (coordinator, processes, process)]
+    if not any(given) and not autodetect:
+        return
+    if any(given) and not (all(given) and processes.isdigit() and process.isdigit()):
+        raise UserError("several processes need all of --coordinator=HOST:PORT, --processes=N and --process=0 … N-1")
+    import jax
+
+    if any(given):
+        jax.distributed.initialize(coordinator, int(processes), int(process))
+    else:
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise UserError(
+                f"--distributed found neither SLURM, Open MPI nor a TPU ({error}): give --coordinator"
+            ) from error
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
+
+
+def is_first() -> bool:
+    """Whether this process writes and prints for all of a run."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def wait_for_all(what: str) -> None:
+    """Returns when every process of the run is here."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in any process of the run; all of them must ask."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def keep_freed_memory() -> None:

@@ -44,6 +44,14 @@ def made(conditioning):
 
 
 @pytest.fixture(scope="session")
+def noise_keys():
+    """(key, samples) -> the keys of the posterior's noise and times, as the objective makes them."""
+    return lambda key, samples: jax.vmap(lambda row: jax.random.split(jax.random.fold_in(key, row), 5)[0])(
+        np.arange(samples)
+    )
+
+
+@pytest.fixture(scope="session")
 def make_policy():
     """A new policy with the same parameters at each call."""
 

@@ -141,14 +141,14 @@ def test_06_the_packed_pass_equals_two_passes(policy, batch, compile):
         np.testing.assert_allclose(packed[name].predictors[mask], apart[name].predictors[mask], atol=1e-5)
 
 
-def test_07_without_prior_and_llr_it_is_the_queries_only_arm(policy, batch, compile):
+def test_07_without_prior_and_llr_it_is_the_queries_only_arm(policy, batch, compile, noise_keys):
     config = LossConfig(prior_weight=0.0, llr_weight=0.0, noise_draws=2)
 
     def queries_only(policy):
         """The plain loss, written out without the project's loss code."""
         reading = policy.encode(batch["images"], batch["tokens"], batch["token_mask"])["posterior"]
         actions = policy.normalizer.normalize_action(batch["actions"])
-        drawn = draw(jax.random.split(KEY, 3)[0], (3, 2, 4, 3))
+        drawn = draw(noise_keys(KEY, 3), (2, 4, 3))
         time = drawn.time[..., None, None]
         x = (1 - time) * drawn.noise + time * actions[:, None]
         velocity = policy.velocity(x, drawn.time, policy.condition(reading, batch["state"]))

@@ -94,7 +94,7 @@ def test_the_packed_negative_is_the_posterior_of_the_other_instruction(make_poli
         np.testing.assert_array_equal(valid, True if apart[name].valid is None else apart[name].valid)
 
 
-def test_only_the_words_differ_between_the_two_errors(run, policy, batch, compile):
+def test_only_the_words_differ_between_the_two_errors(run, policy, batch, compile, noise_keys):
     graph, state = nnx.split(policy)
 
     @compile
@@ -102,7 +102,7 @@ def test_only_the_words_differ_between_the_two_errors(run, policy, batch, compil
         """Two separate passes, with the same noise and times."""
         policy, actions = nnx.merge(graph, state), batch["actions"]
         actions = policy.normalizer.normalize_action(actions)
-        draws = draw(jax.random.split(KEY, 5)[0], (3, CONFIG.noise_draws, 4, 3))
+        draws = draw(noise_keys(KEY, 3), (CONFIG.noise_draws, 4, 3))
         own = Instruction(batch["tokens"], batch["token_mask"])
 
         def error(words):
@@ -134,7 +134,7 @@ def test_turning_the_batch_changes_nothing(policy, batch, compile):
 
         return contrast(error("posterior"), error("negative"))
 
-    draws = draw(KEY, (3, 2, 4, 3))
+    draws = draw(jax.random.split(KEY, 3), (2, 4, 3))
     turned = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, 0), (batch, draws))
     plain = values(state, batch, draws)
     np.testing.assert_allclose(values(state, *turned), jnp.roll(plain, 1), atol=1e-5)

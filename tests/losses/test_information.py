@@ -73,7 +73,7 @@ def test_only_the_action_branch_knows_the_actions(read, batch, chunk):
 
 def test_a_recorded_chunk_is_clean_or_on_the_path():
     actions = np.random.default_rng(0).normal(size=(500, 4, 3)).astype(np.float32)
-    clean, noised = (recorded_chunk(actions, KEY, noised) for noised in (False, True))
+    clean, noised = (recorded_chunk(actions, jax.random.split(KEY, 500), noised) for noised in (False, True))
     np.testing.assert_array_equal(clean.actions, actions)
     assert (np.asarray(clean.time) == 1).all() and abs(float(noised.time.mean()) - 0.4) < 0.05
     noise = (noised.actions - noised.time[:, None, None] * actions) / (1 - noised.time)[:, None, None]
@@ -88,7 +88,7 @@ def test_the_policy_is_judged_by_a_reader_that_does_not_learn_from_it(policy, ba
         reading = policy.encode(batch["images"], batch["tokens"], batch["token_mask"])["posterior"]
         condition = policy.condition(reading, batch["state"])
         actions = policy.normalizer.normalize_action(batch["actions"])
-        chunk = predicted_chunk(policy, condition, actions, KEY)
+        chunk = predicted_chunk(policy, condition, actions, jax.random.split(KEY, len(actions)))
         return read_back(policy, chunk, batch, batch["token_mask"]).sum()
 
     gradient = nnx.to_pure_dict(compile(jax.grad(aimed))(params))

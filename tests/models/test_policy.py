@@ -250,14 +250,16 @@ def test_the_state_token_can_be_left_out():
 
 def test_dropout_needs_a_key():
     expert, condition, actions, time = expert_and_inputs(dropout=0.3)
-    key = jax.random.key(0)
+    keys = jax.random.split(jax.random.key(0), 2)
     plain = call(expert, velocity, actions, time, condition)
-    one, same, two = (call(expert, velocity, actions, time, condition, k) for k in (key, key, jax.random.key(1)))
-    assert (one == same).all() and np.abs(one - two).max() > 1e-4 and np.abs(one - plain).max() > 1e-4
+    one, same, two = (call(expert, velocity, actions, time, condition, k) for k in (keys, keys, keys[::-1]))
+    assert (one == same).all() and np.abs(one - plain).max() > 1e-4
+    assert (np.abs(one - two).max((1, 2, 3)) > 1e-4).all()  # a sample has the noise of its own key
 
 
 def test_dropout_keeps_the_mean():
-    dropped = np.asarray(drop(jnp.ones(100_000), 0.3, jax.random.key(0)))
+    dropped = np.asarray(drop(jnp.ones((2, 50_000)), 0.3, jax.random.split(jax.random.key(0), 2)))
+    assert (dropped[0] != dropped[1]).any()
     assert abs((dropped == 0).mean() - 0.3) < 0.01 and abs(dropped.mean() - 1) < 0.01
 
 

@@ -19,7 +19,7 @@ from vla_jax.training.checkpoints import Checkpoints
 from vla_jax.training.loop import Loop, Stopped, name_samples
 from vla_jax.training.metrics import MetricsWriter, read_metrics
 from vla_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from vla_jax.training.state import abstract, initial_state
+from vla_jax.training.state import Beginning, abstract
 from vla_jax.training.step import make_step
 from vla_jax.training.train_config import TrainConfig
 
@@ -66,7 +66,7 @@ def make_loop(run_dir, steps=10, data=None, **changes) -> Loop:
     )
     graphdef, shapes, _ = abstract(Line)
     optimizer = make_optimizer(config.optimizer, config.steps, shapes)
-    state = initial_state(Line, optimizer, config.seed, jnp.int32(0), ema=True)
+    state = Beginning(Line, optimizer, jnp.int32(0), ema=True).state(config.seed)
     checkpoints = Checkpoints(run_dir, keep=2, write=True)
     data = make_data() if data is None else data
     meta = {}

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Key
 
 from vla_jax.flow.path import point, sample_time, squared_error, velocity
 
@@ -24,10 +24,14 @@ class Draw(NamedTuple):
     time: Float[Array, "B R"]
 
 
-def draw(key: PRNGKeyArray, shape: tuple[int, int, int, int]) -> Draw:
-    """Noise, and times as training draws them. `shape` is (B, R, C, A)."""
-    noise_key, time_key = jax.random.split(key)
-    return Draw(jax.random.normal(noise_key, shape), sample_time(time_key, shape[:2]))
+def draw(keys: Key[Array, " B"], shape: tuple[int, int, int]) -> Draw:
+    """Noise, and times as training draws them: each sample by its own key. `shape` is (R, C, A)."""
+
+    def one(key: Key[Array, ""]) -> Draw:
+        noise_key, time_key = jax.random.split(key)
+        return Draw(jax.random.normal(noise_key, shape), sample_time(time_key, shape[:1]))
+
+    return jax.vmap(one)(keys)
 
 
 def draw_errors(

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from vla_jax.flow.path import point
 from vla_jax.losses.flow_matching import draw
@@ -27,16 +27,18 @@ from vla_jax.models.expert import Condition
 from vla_jax.models.policy import Chunk, Policy, Reading
 
 
-def recorded_chunk(actions: Float[Array, "B C A"], key: PRNGKeyArray, noised: bool) -> Chunk:
+def recorded_chunk(actions: Float[Array, "B C A"], keys: Key[Array, " B"], noised: bool) -> Chunk:
     """What the reader learns from: recorded actions (model units), clean or at a point of the flow."""
-    noise, time = (part[:, 0] for part in draw(key, (len(actions), 1, *actions.shape[1:])))
+    noise, time = (part[:, 0] for part in draw(keys, (1, *actions.shape[1:])))
     time = time if noised else time * 0 + 1
     return Chunk(point(noise, actions, time), time)
 
 
-def predicted_chunk(policy: Policy, condition: Condition, actions: Float[Array, "B C A"], key: PRNGKeyArray) -> Chunk:
+def predicted_chunk(
+    policy: Policy, condition: Condition, actions: Float[Array, "B C A"], keys: Key[Array, " B"]
+) -> Chunk:
     """The actions at which the policy aims from a point of the flow: x_t + (1 - t) v(x_t, t), differentiable."""
-    noise, time = draw(key, (len(actions), 1, *actions.shape[1:]))
+    noise, time = draw(keys, (1, *actions.shape[1:]))
     x = point(noise, actions[:, None], time)
     aim = x + (1 - time[..., None, None]) * policy.velocity(x, time, condition)
     return Chunk(aim[:, 0], time[:, 0] * 0 + 1)

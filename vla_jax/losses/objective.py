@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Key, PRNGKeyArray
 
 from vla_jax.errors import UserError
 from vla_jax.losses.contrastive import contrast, negatives
@@ -110,7 +110,8 @@ def objective(
 
     batch: images uint8[B, H, W, 3] by view, state float32[B, F] and actions float32[B, C, A] in SI units, action_mask
     bool[B, C], tokens int32[B, L], token_mask bool[B, L], and, where they have a weight, "questions" (see
-    `losses.questions`). The loss is the sum of weight x value over the terms.
+    `losses.questions`). row int32[B], where given: the places of the samples in a larger batch of which this is a part;
+    a sample's noise depends on it and on the key alone. The loss is the sum of weight x value over the terms.
     """
     terms: dict[str, Term] = {}
     if config.demonstrations:
@@ -127,8 +128,9 @@ def _demonstration_terms(
     """Every term that demonstrations carry, and the new gate state."""
     tokens, mask = batch["tokens"], batch["token_mask"]
     actions = policy.normalizer.normalize_action(batch["actions"])
-    *flow_keys, reader_key, aim_key = jax.random.split(key, 5)
-    chunk = recorded_chunk(actions, reader_key, config.reader_noise) if config.reader_weight else None
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch.get("row", jnp.arange(len(actions))))
+    *flow_keys, reader_keys, aim_keys = jax.vmap(lambda key: jax.random.split(key, 5), out_axes=1)(keys)
+    chunk = recorded_chunk(actions, reader_keys, config.reader_noise) if config.reader_weight else None
     other, differs = negatives(tokens, mask) if config.contrastive_weight else (None, None)
     readings = policy.encode(batch["images"], tokens, mask, config.branches, chunk, other)
     log_p = {name: likelihoods(policy, readings[name], tokens) for name in config.likelihoods}
@@ -154,7 +156,7 @@ def _demonstration_terms(
         terms["information"] = term(gained, mask.any(-1))  # nats an instruction
     if config.pmi_weight:
         condition = policy.condition(readings["posterior"], batch["state"])
-        aimed = read_back(policy, predicted_chunk(policy, condition, actions, aim_key), batch, mask)
+        aimed = read_back(policy, predicted_chunk(policy, condition, actions, aim_keys), batch, mask)
         ratio = mean_over_tokens(aimed - lax.stop_gradient(log_p["posterior"]), mask)
         terms["pmi"] = term(ratio, mask.any(-1), -config.pmi_weight)
     return terms, gate_state
@@ -166,7 +168,7 @@ def _flow_terms(
     batch: dict[str, Any],
     actions: Float[Array, "B C A"],
     differs: Bool[Array, " B"] | None,
-    keys: list[PRNGKeyArray],
+    keys: list[Key[Array, " B"]],
     config: LossConfig,
 ) -> dict[str, Term]:
     """The terms of the action side. differs: whether the negative is another instruction, where there are negatives."""
@@ -185,18 +187,18 @@ def _flow_errors(
     readings: dict[str, Reading],
     batch: dict[str, Any],
     actions: Float[Array, "B C A"],
-    keys: list[PRNGKeyArray],
+    keys: list[Key[Array, " B"]],
     config: LossConfig,
 ) -> dict[str, Float[Array, " B"]]:
     """The flow-matching error of each sample under each branch that the terms need: one call of the expert for all.
 
-    actions: in model units. keys: of the posterior's noise, the prior's, and dropout.
+    actions: in model units. keys: of the posterior's noise, the prior's, and dropout, for each sample.
     """
-    posterior_key, prior_key, dropout_key = keys
-    shape = (len(actions), config.noise_draws, *actions.shape[1:])
-    draws = {"posterior": draw(posterior_key, shape)}
+    posterior_keys, prior_keys, dropout_keys = keys
+    shape = (config.noise_draws, *actions.shape[1:])
+    draws = {"posterior": draw(posterior_keys, shape)}
     if config.prior_weight:
-        draws["prior"] = draw(prior_key, shape)
+        draws["prior"] = draw(prior_keys, shape)
     if config.contrastive_weight:
         draws["negative"] = draws["posterior"]  # only the words differ
     conditions = {name: policy.condition(readings[name], batch["state"]) for name in draws}
@@ -205,8 +207,9 @@ def _flow_errors(
         conditions["prior"] = prior._replace(context=lax.stop_gradient(prior.context))
     condition: Condition = jax.tree.map(lambda *parts: jnp.concatenate(parts), *conditions.values())
     drawn: Draw = jax.tree.map(lambda *parts: jnp.concatenate(parts), *draws.values())
+    dropout = jax.vmap(lambda key: jax.random.split(key, len(draws)), out_axes=1)(dropout_keys).reshape(-1)
     errors = flow_matching(
-        lambda x, t: policy.velocity(x, t, condition, dropout_key),
+        lambda x, t: policy.velocity(x, t, condition, dropout),
         jnp.concatenate([actions] * len(draws)),
         jnp.concatenate([batch["action_mask"]] * len(draws)),
         drawn,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Key
 
 from vla_jax.errors import UserError
 from vla_jax.nn.attention import Attention
@@ -93,22 +93,22 @@ class ExpertBlock(nnx.Module):
         self.mlp = GeluMLP(config.width, config.hidden, dtype=dtype, rngs=rngs)
         self.dropout = config.dropout
 
-    def look(self, x: Float[Array, "B R T D"], time: Float[Array, "B R D"], keys, values, mask, key):
+    def look(self, x: Float[Array, "B R T D"], time: Float[Array, "B R D"], keys, values, mask, chance):
         """The block, looking at given keys and values: the draws of a sample are looking side by side."""
         B, R, T, D = x.shape
         y = self.norm(x, time).reshape(B, R * T, D)
-        return self._add(x, self.attention.look(y, keys, values, mask).reshape(x.shape), key)
+        return self._add(x, self.attention.look(y, keys, values, mask).reshape(x.shape), chance)
 
-    def attend(self, x: Float[Array, "B R T D"], time: Float[Array, "B R D"], key):
+    def attend(self, x: Float[Array, "B R T D"], time: Float[Array, "B R D"], chance):
         """The block, the tokens of a draw looking at each other."""
         B, R, T, D = x.shape
         y = self.norm(x, time).reshape(B * R, T, D)
-        return self._add(x, self.attention(y).reshape(x.shape), key)
+        return self._add(x, self.attention(y).reshape(x.shape), chance)
 
-    def _add(self, x, seen, key):
-        keys = (None, None) if key is None else jax.random.split(key)
-        x = x + drop(seen, self.dropout, keys[0])
-        return x + drop(self.mlp(standardize(x).astype(x.dtype)), self.dropout, keys[1])
+    def _add(self, x, seen, chance):
+        first, second = split_each(chance, 2)
+        x = x + drop(seen, self.dropout, first)
+        return x + drop(self.mlp(standardize(x).astype(x.dtype)), self.dropout, second)
 
 
 class ExpertPair(nnx.Module):
@@ -119,8 +119,8 @@ class ExpertPair(nnx.Module):
         self.own = ExpertBlock(config, None, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, each, time, mask):
-        keys, values, key = each
-        first, second = (None, None) if key is None else jax.random.split(key)
+        keys, values, chance = each
+        first, second = split_each(chance, 2)
         x = self.cross.look(x, time, keys, values, mask, first)
         return self.own.attend(x, time, second)
 
@@ -179,13 +179,13 @@ class ActionExpert(nnx.Module):
         actions: Float[Array, "B R C A"],
         time: Float[Array, "B R"],
         memory: Memory,
-        key: PRNGKeyArray | None = None,
+        keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B R C A"]:
-        """The velocity, float32. key: for dropout in training; None is none."""
+        """The velocity, float32. keys: for dropout in training, one a sample; None is none."""
         x, embedded = self.begin(actions, time, memory)
         mask = None if memory.valid is None else memory.valid[:, None, :]
-        keys = None if key is None or self.dropout == 0 else jax.random.split(key, self.depth)
-        x = self.pairs(x, embedded, mask, each=(memory.keys, memory.values, keys))
+        chance = None if keys is None or self.dropout == 0 else split_each(keys, self.depth)
+        x = self.pairs(x, embedded, mask, each=(memory.keys, memory.values, chance))
         x = self.project(self.norm(x[:, :, -actions.shape[2] :], embedded))
         return self.head_out(jax.nn.relu(self.head_hidden(x))).astype(jnp.float32)
 
@@ -220,8 +220,16 @@ def sinusoid(position: Float[Array, "*B"], width: int) -> Float[Array, "*B D"]:
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
 
 
-def drop(x: Array, rate: float, key: PRNGKeyArray | None) -> Array:
-    """Inverted dropout; nothing happens at rate 0 or without a key."""
-    if rate == 0 or key is None:
+def drop(x: Float[Array, B * rest], rate: float, keys: Key[Array, " B"] | None) -> Float[Array, B * rest]:
+    """Inverted dropout, each sample by its own key; nothing happens at rate 0 or without keys."""
+    if rate == 0 or keys is None:
         return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(kept, x / (1 - rate), 0)
+
+
+def split_each(keys: Key[Array, " B"] | None, count: int) -> Key[Array, "count B"] | tuple[None, ...]:
+    """`count` new keys for each sample; Nones where there are none."""
+    if keys is None:
+        return (None,) * count
+    return jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys)

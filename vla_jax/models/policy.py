@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from vla_jax.errors import UserError
 from vla_jax.flow.solve import Field, Transform, identity, solve
@@ -283,10 +283,10 @@ class Policy(Words):
         actions: Float[Array, "B R C A"],
         time: Float[Array, "B R"],
         condition: Condition,
-        key: PRNGKeyArray | None = None,
+        keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B R C A"]:
-        """v(x_t, t | condition) in model units, for R draws of each sample. key: for dropout, in training only."""
-        return self.expert(actions, time, self.expert.read(condition), key)
+        """v(x_t, t | condition) in model units, for R draws of each sample. keys: for dropout, in training only."""
+        return self.expert(actions, time, self.expert.read(condition), keys)
 
     def field(self, condition: Condition) -> Field:
         """The velocity field (x [B, C, A], t) -> v under a condition that is read once."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from vla_jax.errors import UserError
@@ -44,12 +45,15 @@ def tokenizer_of(directory: str | Path) -> str:
     return path.read_text()
 
 
-def load_backbone(directory: str | Path, policy: PolicyConfig, shapes: FlatArrays, seed: int) -> FlatArrays:
-    """The parameters of the policy that a checkpoint gives. shapes: those of all its parameters.
+def load_backbone(
+    directory: str | Path, policy: PolicyConfig, shapes: FlatArrays, seed: int, mesh: Mesh | None = None
+) -> FlatArrays:
+    """The parameters of the policy that a checkpoint gives. shapes: those of all its parameters. mesh: spreads them
+    over devices as `nn.placement` says; None is the first device.
 
     New queries start near the mean word, like the words that the released code adds for them.
     """
-    params = load_params(directory, flatten(_model(directory)[1]), mesh=None)
+    params = load_params(directory, flatten(_model(directory)[1]), mesh)
     for path, leaf in params.items():
         if path not in shapes or shapes[path].shape != leaf.shape:
             expected = list(shapes[path].shape) if path in shapes else "nothing"

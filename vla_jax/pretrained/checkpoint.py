@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from jaxtyping import Array
 
 from vla_jax.errors import UserError
-from vla_jax.models.placement import partition
+from vla_jax.nn.placement import partition
 from vla_jax.models.vlm import VLM
 from vla_jax.nn.flat import FlatArrays, flatten, unflatten
 from vla_jax.pretrained.configs import from_json, read_json, to_json
@@ -44,7 +44,7 @@ def load_vlm(directory: str | Path, *, mesh: Mesh | None = None, dtype: str | No
 
     Args:
         directory: of config.json and one or several safetensors files.
-        mesh: spreads the weights over devices as `models.placement` says; None is the first device.
+        mesh: spreads the weights over devices as `nn.placement` says; None is the first device.
         dtype: of the computation; None is the one in config.json.
         scan: run the layers as a compiled loop (see `nn.stack.Stack`).
 

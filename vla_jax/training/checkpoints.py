@@ -49,6 +49,11 @@ class Checkpoints:
             cleanup_tmp_directories=write,
         )
 
+    @staticmethod
+    def exist(run_dir: str | Path) -> bool:
+        """Whether the run has a complete checkpoint."""
+        return (Path(run_dir) / "checkpoints").is_dir() and bool(Checkpoints(run_dir).steps)
+
     @property
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
@@ -72,7 +77,10 @@ class Checkpoints:
             self._orbax.close()
 
     def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
-        """The state at `step` (None: the newest), placed as `like` is, and the meta data saved with it."""
+        """The state at `step` (None: the newest) and the meta data saved with it.
+
+        like: arrays or shapes with shardings, which say where to place it; the run may have had other devices.
+        """
         loaded = self._load(step, {**_parts(like), "meta": None})
         return _from_parts(like, loaded), loaded["meta"]
 
@@ -178,7 +186,7 @@ def _from_parts(like: TrainState, parts: dict[str, Any]) -> TrainState:
 
 def _on_first_device(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """Wherever the run had its arrays: a policy is loaded where the reader is."""
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=SingleDeviceSharding(jax.devices()[0]))
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=SingleDeviceSharding(jax.local_devices()[0]))
 
 
 def _instead(step: int, steps: list[int]) -> str:

@@ -9,7 +9,7 @@
       5 validate   every `validate_every`: loss on held-out episodes, with the averaged weights
       6 evaluate   every `eval_every` and at the end: closed loop, with the averaged weights
       7 checkpoint every `checkpoint_every` and at the end: state and data position, after 3, so never a bad state
-      8 stop       after Ctrl-C or SIGTERM: checkpoint, say how to resume, leave
+      8 stop       after Ctrl-C or SIGTERM: checkpoint, say how to resume, leave (with status 0 after SIGTERM)
 
 A checkpoint at step k holds k updates and the data position after k batches; the randomness of a step is a function of
 the run's key and its number. So a resumed run takes exactly the steps that an uninterrupted one would have taken.
@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from vla_jax.errors import UserError
 from vla_jax.losses.term import check_terms
+from vla_jax.platform import any_process, is_first
 from vla_jax.training.checkpoints import Checkpoints
 from vla_jax.training.metrics import Means, MetricsWriter, Stopwatch
 from vla_jax.training.signals import StopRequest
@@ -37,7 +38,11 @@ BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was asked to stop; its state is saved."""
+    """The run was asked to stop; its state is saved. status: of the process, 0 after SIGTERM, 130 after Ctrl-C."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
 
 
 class Data(Protocol):
@@ -96,19 +101,25 @@ class Loop:
             UserError: a loss that is not finite, a term that no sample carried, a full disk.
         """
         steps = self.config.steps
-        bar = tqdm(total=steps, initial=self.step, desc=self.config.arm, disable=None, bar_format=BAR)
+        hidden = None if is_first() else True  # None: where there is no terminal
+        bar = tqdm(total=steps, initial=self.step, desc=self.config.arm, disable=hidden, bar_format=BAR)
         with self._stop, bar:
             if 0 < self.step and self._due(self.config.eval_every):
                 self._run_evaluation(bar)  # the run was stopped while this evaluation was going on
-            while self.step < steps and not self._stop.requested:
+            while self.step < steps and not self._stopping():
                 self._take_step()
                 bar.update()
                 self._between_steps(bar)
             self._save(wait=True)
             if self._stop.requested and (self.step < steps or self._evaluation_missing()):
-                hint = f"; go on with: {self._resume_command}" if self._resume_command else ""
-                raise Stopped(f"saved step {self.step} of {steps}{hint}")
+                hint = f"; go on with: {self._resume_command}" if self._resume_command and is_first() else ""
+                raise Stopped(f"saved step {self.step} of {steps}{hint}", self._stop.status)
         return self.state
+
+    def _stopping(self) -> bool:
+        """Whether to stop before the next step: all processes of a run, as soon as one is asked to."""
+        self._stop.requested = any_process(self._stop.requested)
+        return self._stop.requested
 
     def _take_step(self) -> None:
         with self._watch.phase("data"):

@@ -74,6 +74,16 @@ class MetricsWriter:
                 self._board.close()
 
 
+class SilentWriter:
+    """Writes nothing: of several processes, the first writes for all."""
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """Every complete line of a run's metrics.jsonl."""
     path = Path(run_dir) / METRICS_FILE

@@ -11,6 +11,7 @@ class StopRequest:
 
     def __init__(self):
         self.requested = False
+        self.status = 0  # with which to leave: 0 after SIGTERM, which is how clusters take a machine back
         self._interruptible = False
         self._previous = {}
 
@@ -27,6 +28,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _on_signal(self, number, frame) -> None:
+        self.status = 130 if number == signal.SIGINT else self.status
         if self._interruptible or (self.requested and number == signal.SIGINT):
             self.requested = True
             raise KeyboardInterrupt

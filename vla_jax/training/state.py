@@ -38,31 +38,42 @@ def abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, Flat
     return graphdef, flatten(params), flatten(constants)
 
 
-def initial_state(
-    make: Callable[[nnx.Rngs], nnx.Module],
-    optimizer: optax.GradientTransformation,
-    seed: int,
-    gate_state: Any,
-    ema: bool,
-    given: FlatArrays | None = None,
-) -> TrainState:
-    """The state before the first step, computed in one compiled program. given: parameters that are not random."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Beginning:
+    """How a run begins: its first state, as a function of its seed and of the parameters that are not random.
 
-    def init(key: Array, given: FlatArrays) -> TrainState:
+    make: builds the module. gate_state: the objective's own state. ema: keep averaged weights.
+    """
+
+    make: Callable[[nnx.Rngs], nnx.Module]
+    optimizer: optax.GradientTransformation
+    gate_state: Any
+    ema: bool
+
+    def __call__(self, key: Array, given: FlatArrays) -> TrainState:
         weights_key, run_key = jax.random.split(key)
-        _, params, constants = nnx.split(make(nnx.Rngs(weights_key)), nnx.Param, ...)
+        _, params, constants = nnx.split(self.make(nnx.Rngs(weights_key)), nnx.Param, ...)
         params = flatten(params) | {path: leaf.astype(jnp.float32) for path, leaf in given.items()}
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             constants=flatten(constants),
-            ema=jax.tree.map(jnp.copy, params) if ema else {},
-            opt_state=optimizer.init(params),
-            gate_state=gate_state,
+            ema=jax.tree.map(jnp.copy, params) if self.ema else {},
+            opt_state=self.optimizer.init(params),
+            gate_state=self.gate_state,
             key=jax.random.key_data(run_key),
         )
 
-    return jax.jit(init)(jax.random.key(seed), given or {})
+    def shapes(self) -> TrainState:
+        """The state as shapes: nothing is computed."""
+        return jax.eval_shape(self, jax.random.key(0), {})
+
+    def state(self, seed: int, given: FlatArrays | None = None, shardings: TrainState | None = None) -> TrainState:
+        """The state before the first step, computed in one compiled program, each part of it where it will lie.
+
+        given: parameters that are not random. shardings: None is the first device.
+        """
+        return jax.jit(self, out_shardings=shardings)(jax.random.key(seed), given or {})
 
 
 def trained_module(graphdef: nnx.GraphDef, state: TrainState, averaged: bool = True) -> nnx.Module:

@@ -9,13 +9,14 @@ from vla_jax.evaluation.evaluate import EvalConfig
 from vla_jax.losses.objective import LossConfig
 from vla_jax.models.policy import PolicyConfig
 from vla_jax.pretrained.backbone import PretrainedConfig
+from vla_jax.training.mesh import MeshConfig
 from vla_jax.training.optimizer import OptimizerConfig
 
 # What may change when a run is resumed, because no weight depends on it (`steps` moves the end of the schedule).
 FREE_ON_RESUME = (
     "steps", "arm", "eval.", "log_every", "validate_every", "validation_batches", "eval_every", "checkpoint_every",
     "keep_checkpoints", "data.directory", "data.threads", "data.workers", "data.prefetch", "data.cache_mb",
-    "pretrained.directory",
+    "pretrained.directory", "mesh.", "accumulate",
 )  # fmt: skip
 
 
@@ -24,11 +25,14 @@ class TrainConfig:
     """One training run.
 
     Attributes:
-        data, questions, policy, pretrained, loss, optimizer, eval: see there. `data.batch_size` is the global batch.
+        data, questions, policy, pretrained, loss, optimizer, eval, mesh: see there. `data.batch_size` is the global
+            batch, over all devices and processes.
         init_from: a run from whose vision-language model (`models.policy.LANGUAGE_MODEL`) this one starts; empty: none.
         arm: name of the policy in tables.
         seed: of the first weights and of the noise; the order of the data has its own, `data.seed`.
         steps: updates.
+        accumulate: parts of a batch that are computed one after the other, each with 1 / accumulate of the activations'
+            memory; the gradient is that of the whole batch.
         log_every: steps between lines of metrics.
         validate_every: steps between held-out losses, each over `validation_batches` batches; 0 is never.
         eval_every: steps between closed-loop evaluations, with one more after the last step; 0 is never.
@@ -43,10 +47,12 @@ class TrainConfig:
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     eval: EvalConfig = EvalConfig()
+    mesh: MeshConfig = MeshConfig()
     init_from: str = ""
     arm: str = "policy"
     seed: int = 0
     steps: int = 2000
+    accumulate: int = 1
     log_every: int = 50
     validate_every: int = 500
     validation_batches: int = 4
@@ -55,7 +61,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self):
-        for name in ("steps", "log_every", "validation_batches", "checkpoint_every", "keep_checkpoints"):
+        for name in ("steps", "accumulate", "log_every", "validation_batches", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
         for name in ("seed", "validate_every", "eval_every"):
@@ -67,6 +73,9 @@ class TrainConfig:
             raise UserError("a run without demonstrations learns no actions to judge: set eval_every = 0")
         if self.data.chunk != self.policy.chunk:
             raise UserError(f"data.chunk is {self.data.chunk} and policy.chunk is {self.policy.chunk}: set both alike")
+
+        if self.accumulate > 1 and self.loss.gate:
+            raise UserError("loss.gate weighs samples by a mean over their batch: it needs accumulate = 1")
 
     @property
     def samples(self) -> int:

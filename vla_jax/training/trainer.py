@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 import vla_jax
@@ -25,17 +26,15 @@ from vla_jax.envs.questions import Questioner, QuestionStream
 from vla_jax.errors import UserError
 from vla_jax.evaluation.evaluate import Evaluator, World, format_table
 from vla_jax.evaluation.results import save_results, write_atomically
-from vla_jax.losses.llr import initial_gate
-from vla_jax.losses.objective import objective
 from vla_jax.models.policy import LANGUAGE_MODEL
+from vla_jax.platform import is_first, wait_for_all
 from vla_jax.pretrained.backbone import load_backbone, policy_on, tokenizer_of
-from vla_jax.training.checkpoints import Checkpoints, contract_id, load_config, load_policy, policy_maker
+from vla_jax.training.checkpoints import Checkpoints, contract_id, load_config, load_policy, policy_facts
 from vla_jax.training.loop import Loop, first, mean_losses
-from vla_jax.training.mesh import check_batch_size, make_mesh, place_batch, replicate
-from vla_jax.training.metrics import MetricsWriter, disk_space
-from vla_jax.training.optimizer import make_optimizer, make_schedule
-from vla_jax.training.state import TrainState, abstract, flatten, initial_state, trained_module
-from vla_jax.training.step import make_step, make_validation
+from vla_jax.training.mesh import describe, global_rows, local_weights, make_mesh, place_batch, put
+from vla_jax.training.metrics import MetricsWriter, SilentWriter, disk_space
+from vla_jax.training.program import Program, make_program
+from vla_jax.training.state import TrainState, flatten, trained_module
 from vla_jax.training.train_config import TrainConfig, must_match_on_resume
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "mujoco")
@@ -55,39 +54,36 @@ def train(config: TrainConfig, workdir: str | Path, resume: bool = False, resume
         loop.Stopped: after Ctrl-C or SIGTERM, with the state saved.
     """
     run_dir = Path(workdir)
-    mesh = make_mesh()
-    check_batch_size(config.data.batch_size, mesh)
+    mesh = make_mesh(config.mesh)
     contract = compute_contract(config.data.directory) if config.data.directory else _no_data()
     config, contract = on_pretrained(config, contract)
     _check_run_dir(run_dir, config, contract, resume)
+    program = make_program(config, policy_facts(contract), mesh)
     data = _make_data(config, contract, "train")
-    graphdef, shapes, _ = abstract(policy_maker(config, contract))
-    optimizer = make_optimizer(config.optimizer, config.steps, shapes)
-    loss = functools.partial(_objective, config=config.loss)
-    averaged = config.optimizer.ema_decay > 0
-    given = _pretrained(config, shapes)
-    state = initial_state(policy_maker(config, contract), optimizer, config.seed, initial_gate(), averaged, given)
-    if config.init_from:
-        state = start_from(config.init_from, state, contract)
-    state = replicate(state, mesh)
-    validate = _validation(config, contract, graphdef, loss, mesh)
-    evaluate = _evaluation(config, contract, graphdef, run_dir)
-    _describe(config, contract, shapes, run_dir)
-    with disk_space(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        _write_run_files(run_dir, config, contract)
+    going_on = resume and Checkpoints.exist(run_dir)
+    state = program.shapes if going_on else _first_state(program, config, contract, mesh)
+    validate = _validation(config, contract, program, mesh)
+    evaluate = _evaluation(config, contract, program, run_dir)
+    _describe(config, contract, program, run_dir)
+    wait_for_all("checked")
+    if is_first():
+        with disk_space(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            _write_run_files(run_dir, config, contract)
+    wait_for_all("written")
     checkpoints = Checkpoints(run_dir, config.keep_checkpoints, write=True)
-    state, meta = _restore(checkpoints, state, data, resume)
-    writer = MetricsWriter(run_dir, int(state.step))
-    schedule = make_schedule(config.optimizer, config.steps)
+    state, meta = _restore(checkpoints, state, data) if going_on else (state, {})
+    if resume:
+        print(f"resumed at step {int(state.step)}" if going_on else "no checkpoint yet: starting at step 0")
+    writer = MetricsWriter(run_dir, int(state.step)) if is_first() else SilentWriter()
     loop = Loop(
         config,
         state,
-        make_step(graphdef, loss, optimizer, schedule, config.optimizer.ema_decay),
+        program.step,
         data,
         checkpoints,
         writer,
-        place=functools.partial(place_batch, mesh=mesh),
+        place=functools.partial(_place, mesh=mesh),
         validate=validate,
         evaluate=evaluate,
         meta={"contract": contract_id(contract)},
@@ -113,20 +109,18 @@ def on_pretrained(config: TrainConfig, contract: Contract) -> tuple[TrainConfig,
     return dataclasses.replace(config, policy=policy), dataclasses.replace(contract, **words)
 
 
-def _pretrained(config: TrainConfig, shapes: dict) -> dict:
-    """The parameters that come from the pretrained model; {} where there is none."""
+def _first_state(program: Program, config: TrainConfig, contract: Contract, mesh: Mesh) -> TrainState:
+    """The state before the first step: random, with what a pretrained model or another run gives."""
     directory = config.pretrained.directory
-    return load_backbone(directory, config.policy, shapes, config.seed) if directory else {}
+    given = load_backbone(directory, config.policy, program.shapes.params, config.seed, mesh) if directory else {}
+    state = program.first_state(config.seed, given)
+    return start_from(config.init_from, state, contract) if config.init_from else state
 
 
 def command_to_resume() -> str:
     """The command line of this process, with --resume."""
     command = [argument for argument in sys.orig_argv if not argument.startswith("--resume")]
     return shlex.join([*command, "--resume"])
-
-
-def _objective(policy, batch, key, gate_state, *, config):
-    return objective(policy, batch, key, config, gate_state)
 
 
 def _no_data() -> Contract:
@@ -148,17 +142,18 @@ def _check_run_dir(run_dir: Path, config: TrainConfig, contract: Contract, resum
         )
 
 
-def _restore(checkpoints: Checkpoints, state: TrainState, data: Any, resume: bool) -> tuple[TrainState, dict[str, Any]]:
-    """The newest checkpoint, and the data moved to its position; the given state where there is none yet."""
-    if not resume:
-        return state, {}
-    if not checkpoints.steps:
-        print("no checkpoint yet: starting at step 0")
-        return state, {}
-    state, meta = checkpoints.restore(state)
+def _restore(checkpoints: Checkpoints, like: TrainState, data: Any) -> tuple[TrainState, dict[str, Any]]:
+    """The newest checkpoint, placed as `like` says, and the data moved to its position."""
+    state, meta = checkpoints.restore(like)
     data.set_state(meta["data"])
-    print(f"resumed at step {int(state.step)}")
     return state, meta
+
+
+def _place(batch: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """A host batch on the devices, its samples numbered through."""
+    if "actions" in batch:
+        batch = {**batch, "row": global_rows(len(batch["actions"]))}
+    return place_batch(batch, mesh)
 
 
 def _make_data(config: TrainConfig, contract: Contract, split: str):
@@ -189,45 +184,52 @@ def start_from(run_dir: str | Path, state: TrainState, contract: Contract) -> Tr
         if path not in given or given[path].shape != leaf.shape:
             there = given[path].shape if path in given else "not there"
             raise UserError(f"cannot start from {run_dir}: {path} is {leaf.shape} here and {there} in that run")
-    params = {**state.params, **{path: given[path] for path in taken}}
+    params = {**state.params, **{path: put(given[path], leaf.sharding) for path, leaf in taken.items()}}
     return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params) if state.ema else {})
 
 
-def _validation(config: TrainConfig, contract: Contract, graphdef, loss, mesh):
+def _validation(config: TrainConfig, contract: Contract, program: Program, mesh: Mesh):
     """A function of the state that gives the mean losses on the same held-out batches with the same noise; or None."""
     if not config.validate_every:
         return None
     held_out = _make_data(config, contract, "held_out")
     batches = first(held_out, config.validation_batches)
     held_out.close()
-    compiled, key = make_validation(graphdef, loss), jax.random.key(config.seed)
+    key = jax.random.key(config.seed)
 
     def validate(state: TrainState) -> dict[str, float]:
-        placed = (place_batch({k: v for k, v in b.items() if k not in ("episode", "step")}, mesh) for b in batches)
-        return mean_losses(compiled(state, batch, jax.random.fold_in(key, i)) for i, batch in enumerate(placed))
+        placed = (_place({k: v for k, v in b.items() if k not in ("episode", "step")}, mesh) for b in batches)
+        return mean_losses(program.validate(state, batch, jax.random.fold_in(key, i)) for i, batch in enumerate(placed))
 
     return validate
 
 
-def _evaluation(config: TrainConfig, contract: Contract, graphdef, run_dir: Path):
-    """A function of (state, step) that judges the policy in closed loop, saves and prints the rows; or None."""
+def _evaluation(config: TrainConfig, contract: Contract, program: Program, run_dir: Path):
+    """A function of (state, step) that judges the policy in closed loop, saves and prints the rows; or None.
+
+    Every process judges it, on its first device: the outcome is the same, and nobody has to wait for it.
+    """
     if not config.eval_every:
         return None
     evaluator = Evaluator(contract, config.eval)
 
     def evaluate(state: TrainState, step: int) -> list[dict[str, Any]]:
-        results = evaluator(trained_module(graphdef, state), arm=config.arm, step=step)
-        with disk_space(run_dir):
-            save_results(run_dir, results)
+        policy = trained_module(program.graphdef, state)
+        graphdef, weights = nnx.split(policy)
+        results = evaluator(nnx.merge(graphdef, local_weights(weights)), arm=config.arm, step=step)
+        if is_first():
+            with disk_space(run_dir):
+                save_results(run_dir, results)
         tqdm.write(f"closed loop after {step} steps ({results.seconds:.0f} s)\n{format_table(results.rows)}")
         return results.rows
 
     return evaluate
 
 
-def _describe(config: TrainConfig, contract: Contract, shapes: dict, run_dir: Path) -> None:
-    count = sum(leaf.size for leaf in shapes.values())
+def _describe(config: TrainConfig, contract: Contract, program: Program, run_dir: Path) -> None:
+    count = sum(leaf.size for leaf in program.shapes.params.values())
     print(f"{config.arm}: {count / 1e6:.2f} M parameters, {config.steps} steps of {config.samples} samples")
+    print(describe(program.shapes, program.shardings))
     print(f"data: {contract.dataset} ({contract.fingerprint[:12]})   run: {run_dir}", flush=True)
 
 

@@ -1,0 +1,83 @@
+"""What a run compiles, from its settings alone: no data is read, and nothing is computed before it is asked for.
+
+Training runs it (`training.trainer`), planning only compiles it (`training.plan`): they cannot differ.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from vla_jax.losses.llr import initial_gate
+from vla_jax.losses.objective import objective
+from vla_jax.models.normalizer import DataFacts
+from vla_jax.models.policy import Policy
+from vla_jax.nn.flat import FlatArrays
+from vla_jax.training.mesh import check_batch_size, state_shardings, with_shardings
+from vla_jax.training.optimizer import make_optimizer, make_schedule
+from vla_jax.training.state import Beginning, TrainState, abstract
+from vla_jax.training.step import make_step, make_validation
+from vla_jax.training.train_config import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """graphdef: of the policy. beginning: makes the first state. shapes: the state as shapes, each with its place."""
+
+    graphdef: nnx.GraphDef
+    beginning: Beginning
+    shapes: TrainState
+    step: Callable[[TrainState, dict[str, Any]], tuple[TrainState, dict[str, Any]]]
+    validate: Callable[[TrainState, dict[str, Any], Any], dict[str, Any]]
+
+    @property
+    def shardings(self) -> TrainState:
+        """Where the state lies."""
+        return jax.tree.map(lambda shape: shape.sharding, self.shapes)
+
+    def first_state(self, seed: int, given: FlatArrays | None = None) -> TrainState:
+        """The state before the first step. given: parameters that are not random."""
+        return self.beginning.state(seed, given, self.shardings)
+
+
+def make_program(config: TrainConfig, facts: DataFacts, mesh: Mesh) -> Program:
+    """The program of a run on a mesh; the mesh's devices need not be there.
+
+    Raises:
+        UserError: settings that do not fit one another, or a batch that the mesh cannot divide.
+    """
+    for name, size in (
+        ("data.batch_size", config.data.batch_size),
+        ("questions.batch_size", config.questions.batch_size),
+    ):
+        check_batch_size(name, size, mesh, config.accumulate)
+    make = functools.partial(_policy, config, facts)
+    graphdef, params, _ = abstract(make)
+    optimizer = make_optimizer(config.optimizer, config.steps, params)
+    beginning = Beginning(make, optimizer, initial_gate(), ema=config.optimizer.ema_decay > 0)
+    shapes = beginning.shapes()
+    shardings = state_shardings(shapes, mesh)
+    loss = functools.partial(_objective, config=config.loss)
+    step = make_step(
+        graphdef,
+        loss,
+        optimizer,
+        make_schedule(config.optimizer, config.steps),
+        config.optimizer.ema_decay,
+        accumulate=config.accumulate,
+        shardings=shardings,
+    )
+    validate = make_validation(graphdef, loss, shardings)
+    return Program(graphdef, beginning, with_shardings(shapes, shardings), step, validate)
+
+
+def _policy(config: TrainConfig, facts: DataFacts, rngs: nnx.Rngs) -> Policy:
+    return Policy(config.policy, facts, rngs)
+
+
+def _objective(policy, batch, key, gate_state, *, config):
+    return objective(policy, batch, key, config, gate_state)
