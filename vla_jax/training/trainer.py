@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 import vla_jax
 from vla_jax.config import diff, to_json
-from vla_jax.data.contract import Contract, compute_contract
-from vla_jax.data.loader import make_loader
+from vla_jax.data.contract import Contract
+from vla_jax.data.loader import data_contract, make_loader
 from vla_jax.envs.questions import Questioner, QuestionStream
 from vla_jax.errors import UserError
 from vla_jax.evaluation.evaluate import Evaluator, World, format_table
@@ -57,7 +57,7 @@ def train(config: TrainConfig, workdir: str | Path, resume: bool = False, resume
     run_dir = Path(workdir)
     mesh = make_mesh()
     check_batch_size(config.data.batch_size, mesh)
-    contract = compute_contract(config.data.directory) if config.data.directory else _no_data()
+    contract = data_contract(config.data)
     config, contract = on_pretrained(config, contract)
     _check_run_dir(run_dir, config, contract, resume)
     data = _make_data(config, contract, "train")
@@ -127,10 +127,6 @@ def command_to_resume() -> str:
 
 def _objective(policy, batch, key, gate_state, *, config):
     return objective(policy, batch, key, config, gate_state)
-
-
-def _no_data() -> Contract:
-    raise UserError("data.directory is not set: give the path that python -m experiments.collect printed")
 
 
 def _check_run_dir(run_dir: Path, config: TrainConfig, contract: Contract, resume: bool) -> None:
