@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from vla_jax.data.interface import Interface, describe_difference, interface_from_json
 from vla_jax.data.dataset import Dataset, open_dataset
+from vla_jax.data.interface import Interface, describe_difference, interface_from_json
 from vla_jax.data.statistics import RunningStatistics, Statistics
 from vla_jax.errors import UserError
 

@@ -22,6 +22,7 @@ from vla_jax.data.steps import DESCRIPTION, FORMAT, PartWriter, StepDataset
 from vla_jax.errors import UserError
 
 Sizes = dict[str, tuple[int, int]]
+MIB = 2**20
 ORIGIN = "origin.json"  # in an unfinished conversion: what it is a conversion of
 
 
@@ -138,7 +139,7 @@ def _write_parts(draft: Path, source: Source, layout: Layout, config: ConvertCon
     done = _parts(draft)
     start = done[-1]["stop"] if done else 0
     total = min(filter(None, (source.count, config.max_episodes)), default=None)
-    sizes = done[0]["sizes"] if done else None
+    sizes = {view: tuple(size) for view, size in done[0]["sizes"].items()} if done else None
     episodes = itertools.islice(source.episodes(start), config.max_episodes - start if config.max_episodes else None)
     part, number = PartWriter(draft / f"part-{len(done):05d}"), start
     try:
@@ -151,9 +152,11 @@ def _write_parts(draft: Path, source: Source, layout: Layout, config: ConvertCon
                 part.add(episode)
             except Fault as fault:
                 if config.faulty == "error":
-                    raise UserError(f"{fault}. --config.faulty=skip leaves such episodes out and counts them") from fault
+                    raise UserError(
+                        f"{fault}. --config.faulty=skip leaves such episodes out and counts them"
+                    ) from fault
                 part.skip(fault.kind)
-            if part.nbytes >= config.part_mb * 2**20:
+            if part.nbytes >= config.part_mb * MIB:
                 part.close(number, sizes)
                 done.append({"skipped": part.skipped})
                 part = PartWriter(draft / f"part-{len(done):05d}")

@@ -170,6 +170,8 @@ def _vector(raw: RawEpisode, parts: tuple[Part, ...]) -> Float[np.ndarray, "T D"
         if part.feature not in raw.columns:
             raise _no_feature(part.feature, raw)
         numbers = np.asarray(raw.columns[part.feature], np.float64)
+        if numbers.size == 0:
+            raise Fault("no steps", f"episode {raw.id} has no steps")
         numbers = numbers.reshape(len(numbers), -1)
         columns = part.columns or range(len(part.names))
         if (not part.columns and numbers.shape[1] != len(part.names)) or max(columns) >= numbers.shape[1]:

@@ -48,7 +48,9 @@ class LerobotSource:
         if version not in VERSIONS:
             raise UserError(f"{directory} is LeRobot version {version}: known are {', '.join(VERSIONS)}")
         if rate != layout.control_hz:
-            raise UserError(f"{directory} runs at {rate} steps/s, its layout at {layout.control_hz}: correct control_hz")
+            raise UserError(
+                f"{directory} runs at {rate} steps/s, its layout at {layout.control_hz}: correct control_hz"
+            )
         self._features = self._info["features"]
         known = {*self._features, "task"}
         if absent := sorted(layout.features() - known):

@@ -178,16 +178,16 @@ class BatchReader:
             step = int(number - (self._ends[position - 1] if position else 0))
             episode = self._read(episode_id)
             for view, pictures in batch["images"].items():
-                pictures[row] = self._picture(episode.images[view][step], view, episode_id, step)
+                pictures[row] = self._picture(episode, view, episode_id, step)
             batch["state"][row] = episode.state[step]
             batch["tokens"][row], batch["token_mask"][row] = self._encode(episode.instruction)
             batch["actions"][row], batch["action_mask"][row] = action_chunk(episode.actions, step, self._chunk)
             batch["episode"][row], batch["step"][row] = episode_id, step
         return batch
 
-    def _picture(self, encoded, view, episode_id, step):
+    def _picture(self, episode, view, episode_id, step):
         try:
-            picture = decode_jpeg(encoded)
+            picture = decode_jpeg(episode.images[view][step])
         except UserError as error:
             name = self._dataset.episode_names[episode_id]
             raise UserError(f"view {view} of step {step} of {name} in {self._dataset.directory}: {error}") from error

@@ -4,9 +4,9 @@ Datasets of one robot (the same embodiment, rate, names, units and meaning of ac
 SI units, with the statistics of all of them together: nothing else changes, and closed-loop evaluation still works.
 
 Different robots cannot share units. Each keeps its own contract; a batch holds what these make of actions and states,
-about [-1, 1], and 0 in the dimensions that a robot does not have (as pi0 pads, arXiv 2410.24164, section IV). The policy's
-contract is one of numbers without unit, with the robots' contracts sealed in it: whoever drives robot r undoes the
-normalisation by `contract.robots[r]`. The loss counts padded dimensions, whose target is always 0.
+about [-1, 1], and 0 in the dimensions that a robot does not have (as pi0 pads, arXiv 2410.24164, section IV). The
+policy's contract is one of numbers without unit, with the robots' contracts sealed in it: whoever drives robot r undoes
+the normalisation by `contract.robots[r]`. The loss counts padded dimensions, whose target is always 0.
 
 Every dataset must have the views that are used, so those that all of them have are.
 
@@ -49,7 +49,9 @@ def mixture_contract(datasets: Sequence[Dataset], image_size: int = 0) -> Contra
     tokenizer, longest = _words(datasets)
     words = dict(tokenizer=tokenizer, max_tokens=longest)
     groups = robots_of(datasets)
-    shared = {key: value for key, value in datasets[0].facts.items() if all(d.facts.get(key) == value for d in datasets)}
+    shared = {
+        key: value for key, value in datasets[0].facts.items() if all(d.facts.get(key) == value for d in datasets)
+    }
     if len(groups) == 1:
         return pooled_contract(datasets, dataclasses.replace(datasets[0].interface, images=views, **words), shared)
     robots = {}

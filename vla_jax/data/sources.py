@@ -71,9 +71,11 @@ class RldsSource:
         self._shards = [Path(path) for path in info.splits[split].filepaths]
         self._lengths = list(info.splits[split].shard_lengths)
         self._split = split
-        self._is_tfrecord = info.file_format == FileFormat.TFRECORD
+        self._is_tfrecord = info.file_format != FileFormat.ARRAY_RECORD
         if absent := [path.name for path in self._shards if not path.is_file()]:
-            raise UserError(f"{directory} lacks {len(absent)} of {len(self._shards)} shards ({absent[0]}): copy it again")
+            raise UserError(
+                f"{directory} lacks {len(absent)} of {len(self._shards)} shards ({absent[0]}): copy it again"
+            )
         self.count = sum(self._lengths)
         self.identity = identity_of(self._shards, directory)
 

@@ -48,7 +48,10 @@ class _Column(Sequence):
     def __getitem__(self, step: int) -> bytes:
         if not 0 <= step < self._length:
             raise IndexError(step)
-        return self._records[self._first + step * self._stride]
+        try:
+            return self._records[self._first + step * self._stride]
+        except RuntimeError as error:  # ArrayRecord reports damage in no narrower way
+            raise UserError(f"this part of the dataset is damaged, convert or copy it again ({error})") from error
 
 
 class StepDataset:
