@@ -73,6 +73,16 @@ class Contract(Interface):
         """Inverse of `normalize_state`."""
         return denormalize(state, *self.state_bounds())
 
+    def nearly_constant(self) -> tuple[str, ...]:
+        """The dimensions, as "action dx" or "state x", whose range is so small that `bounds` widened it."""
+        found = []
+        for kind in ("action", "state"):
+            statistics, names = getattr(self, f"{kind}_statistics"), getattr(self, f"{kind}_names")
+            for i, (name, unit) in enumerate(zip(names, getattr(self, f"{kind}_units"), strict=True)):
+                if statistics.q99[i] - statistics.q01[i] < FLOORS[unit]:
+                    found.append(f"{kind} {name}")
+        return tuple(found)
+
     def check(self, other: "Contract", what: str = "the other contract") -> None:
         """Raises UserError that names, in one line, every field in which `other` (called `what`) differs."""
         mine, theirs = _flat(self), _flat(other)
@@ -97,7 +107,7 @@ class Contract(Interface):
             farthest = np.abs(normalize(extremes, low, high)).max(axis=0)
             for i, (name, unit) in enumerate(zip(names, units, strict=True)):
                 values = [getattr(statistics, key)[i] for key in ("q01", "q99", "minimum", "maximum", "mean", "std")]
-                floored = statistics.q99[i] - statistics.q01[i] < FLOORS[unit]
+                floored = f"{kind} {name}" in self.nearly_constant()
                 note = f"  nearly constant: range widened to {FLOORS[unit]:g} {unit}" if floored else ""
                 numbers = "".join(f"{value:10.4f}" for value in values) + f"{farthest[i]:10.2f}"
                 lines.append(f"{kind + ' ' + name:<16}{unit:>5}{numbers}{note}")

@@ -24,7 +24,7 @@ from vla_jax.data.balance import drawn_by_weight, episode_weights
 from vla_jax.data.contract import Contract, compute_contract
 from vla_jax.data.dataset import Dataset, open_dataset
 from vla_jax.data.episode import StoredEpisode, decode_jpeg, fit_picture
-from vla_jax.data.mixture import MixedDataset, mixture_contract
+from vla_jax.data.mixture import MixedDataset, describe_members, mixture_contract
 from vla_jax.errors import UserError
 
 SPLITS = ("train", "held_out")
@@ -321,6 +321,16 @@ def open_data(config: DataConfig, contract: Contract) -> Dataset:
     dataset = open_dataset(_directory(config))
     contract.check_interface(dataset.interface.resized(config.image_size), f"the dataset at {config.directory}")
     return dataset
+
+
+def describe_data(config: DataConfig, contract: Contract, samples: int) -> str:
+    """What a run of `samples` draws sees of each dataset, and which dimensions hardly ever move."""
+    dataset = open_data(config, contract)
+    members = dataset.members if isinstance(dataset, MixedDataset) else (dataset,)
+    weights = [weight for _, weight in config.mixture] or [1.0]
+    still = [name for robot in (contract.robots or {"": contract}).values() for name in robot.nearly_constant()]
+    lines = [describe_members(members, weights, samples)]
+    return "\n".join(lines + ([f"nearly constant: {', '.join(still)}"] if still else []))
 
 
 def _directory(config: DataConfig) -> str:

@@ -171,16 +171,17 @@ class MixedDataset:
         ]
         return grain.MapDataset.mix(streams, self.weights[taken].tolist())
 
-    def table(self, samples: int) -> str:
-        """Per dataset: steps, share, and how often `samples` draws go through it (its effective epochs)."""
-        lines = [f"{'dataset':<24}{'robot':<16}{'episodes':>10}{'steps':>12}{'share':>8}{'epochs':>9}"]
-        for dataset, weight in zip(self.members, self.weights, strict=True):
-            steps = int(dataset.lengths.sum())
-            lines.append(
-                f"{dataset.name:<24}{dataset.interface.embodiment:<16}{len(dataset):>10,}{steps:>12,}{weight:>8.1%}"
-                f"{samples * weight / steps:>9.2f}"
-            )
-        return "\n".join(lines)
+
+def describe_members(datasets: Sequence[Dataset], weights: Sequence[float], samples: int) -> str:
+    """Per dataset: steps, share of `samples` draws, and how often these go through it (its effective epochs)."""
+    lines = [f"{'dataset':<28}{'robot':<16}{'episodes':>10}{'steps':>12}{'share':>8}{'epochs':>9}"]
+    for dataset, weight in zip(datasets, np.asarray(weights) / np.sum(weights), strict=True):
+        steps = int(dataset.lengths.sum())
+        lines.append(
+            f"{dataset.name:<28}{dataset.interface.embodiment:<16}{len(dataset):>10,}{steps:>12,}{weight:>8.1%}"
+            f"{samples * weight / steps:>9.2f}"
+        )
+    return "\n".join(lines)
 
 
 def _robot(dataset: Dataset, contract: Contract) -> Contract:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import vla_jax
 from vla_jax.config import diff, to_json
 from vla_jax.data.contract import Contract
-from vla_jax.data.loader import data_contract, make_loader
+from vla_jax.data.loader import data_contract, describe_data, make_loader
 from vla_jax.envs.questions import Questioner, QuestionStream
 from vla_jax.errors import UserError
 from vla_jax.evaluation.evaluate import Evaluator, World, format_table
@@ -29,6 +29,7 @@ from vla_jax.losses.llr import initial_gate
 from vla_jax.losses.objective import objective
 from vla_jax.models.policy import LANGUAGE_MODEL
 from vla_jax.pretrained.backbone import load_backbone, policy_on, tokenizer_of
+from vla_jax.training.augment import augmented
 from vla_jax.training.checkpoints import Checkpoints, contract_id, load_config, load_policy, policy_maker
 from vla_jax.training.loop import Loop, first, mean_losses
 from vla_jax.training.mesh import check_batch_size, make_mesh, place_batch, replicate
@@ -83,7 +84,7 @@ def train(config: TrainConfig, workdir: str | Path, resume: bool = False, resume
     loop = Loop(
         config,
         state,
-        make_step(graphdef, loss, optimizer, schedule, config.optimizer.ema_decay),
+        make_step(graphdef, augmented(loss, config.augment), optimizer, schedule, config.optimizer.ema_decay),
         data,
         checkpoints,
         writer,
@@ -224,6 +225,8 @@ def _evaluation(config: TrainConfig, contract: Contract, graphdef, run_dir: Path
 def _describe(config: TrainConfig, contract: Contract, shapes: dict, run_dir: Path) -> None:
     count = sum(leaf.size for leaf in shapes.values())
     print(f"{config.arm}: {count / 1e6:.2f} M parameters, {config.steps} steps of {config.samples} samples")
+    if config.loss.demonstrations:
+        print(describe_data(config.data, contract, config.steps * config.data.batch_size))
     print(f"data: {contract.dataset} ({contract.fingerprint[:12]})   run: {run_dir}", flush=True)
 
 
