@@ -1,15 +1,22 @@
-"""What is in a checkpoint of a vision-language model: parameters by module, types, bytes, and whether it would fit.
+"""What is in a directory.
 
 python -m experiments.inspect DIR
+
+A dataset (of `experiments.convert` or `experiments.collect`): writes one HTML page beside it with its episodes,
+instructions, lengths, histograms of actions in physical units, sample pictures and warnings, and prints the warnings.
+A checkpoint of a vision-language model: prints its parameters by module, types, bytes, and whether it would fit.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 
+from vla_jax.analysis.dataset_page import check_is_dataset, write_page
 from vla_jax.config import run_entry
+from vla_jax.data.dataset import open_dataset
 from vla_jax.errors import UserError
 from vla_jax.pretrained.checkpoint import find_tensors
 from vla_jax.pretrained.configs import from_json, read_json
@@ -21,10 +28,18 @@ TRAINING_BYTES = 4 * 4 + 2
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints the table of one checkpoint directory."""
+    """Looks at one directory; see the module's text."""
     if len(argv) != 1 or argv[0].startswith("-"):
-        raise UserError("give one checkpoint directory: python -m experiments.inspect DIR")
-    print(describe(argv[0]))
+        raise UserError("give one directory, a dataset or a checkpoint: python -m experiments.inspect DIR")
+    print(describe_dataset(argv[0]) if check_is_dataset(Path(argv[0])) else describe(argv[0]))
+
+
+def describe_dataset(directory: str) -> str:
+    """The warnings as text. The page is written beside the dataset."""
+    dataset = open_dataset(directory)
+    path, said = write_page(dataset, Path(directory).resolve().parent / f"{dataset.name}.html")
+    lines = [f"{len(dataset)} episodes, {dataset.lengths.sum()} steps"]
+    return "\n".join([*lines, *(f"warning: {line}" for line in said), str(path)])
 
 
 def describe(directory: str) -> str:

@@ -103,7 +103,7 @@ def test_padding_occurs_at_the_end_only(open_loader, config):
 
 
 def expected_steps(config, episodes):
-    held_out = held_out_episodes("synthetic", len(episodes), config.held_out_fraction)
+    held_out = held_out_episodes([f"synthetic/{number}" for number in range(len(episodes))], config.held_out_fraction)
     chosen = np.flatnonzero(held_out if config.split == "held_out" else ~held_out)
     return {(int(number), step) for number in chosen for step in range(len(episodes[number].actions))}
 
@@ -119,11 +119,12 @@ def test_every_step_once_an_epoch(open_loader, config, episodes, split):
 
 
 def test_splits_are_disjoint_and_stable():
-    held_out = held_out_episodes("x", 5000, 0.02)
+    names, others = ([f"{name}/{number}" for number in range(5000)] for name in "xy")
+    held_out = held_out_episodes(names, 0.02)
     assert 60 < held_out.sum() < 140
-    np.testing.assert_array_equal(held_out[:100], held_out_episodes("x", 100, 0.02))
-    assert (held_out_episodes("x", 5000, 0.1) >= held_out).all()
-    assert (held_out_episodes("y", 5000, 0.02) != held_out).any()
+    np.testing.assert_array_equal(held_out[:100], held_out_episodes(names[:100], 0.02))
+    assert (held_out_episodes(names, 0.1) >= held_out).all()
+    assert (held_out_episodes(others, 0.02) != held_out).any()
 
 
 def test_seed_decides_the_order(open_loader, config):

@@ -8,14 +8,15 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from vla_jax.data.dataset import Dataset, open_dataset
 from vla_jax.data.interface import Interface, describe_difference, interface_from_json
-from vla_jax.data.rlds import RldsDataset, open_rlds
 from vla_jax.data.statistics import RunningStatistics, Statistics
 from vla_jax.errors import UserError
 
@@ -32,6 +33,8 @@ class Contract(Interface):
         dataset, fingerprint: name and content hash of the data.
         facts: facts about that dataset (task, coupling, rho, entropy in nats, ...).
         action_statistics, state_statistics: per dimension, in the units of the interface.
+        robots: of a mixture of different robots (see `data.mixture`), the contract of each; empty otherwise. Their
+            words are those of the mixture.
     """
 
     dataset: str = dataclasses.field(kw_only=True)
@@ -39,6 +42,7 @@ class Contract(Interface):
     facts: dict[str, Any] = dataclasses.field(kw_only=True)
     action_statistics: Statistics = dataclasses.field(kw_only=True)
     state_statistics: Statistics = dataclasses.field(kw_only=True)
+    robots: "dict[str, Contract]" = dataclasses.field(kw_only=True, default_factory=dict)
 
     def __post_init__(self):
         super().__post_init__()
@@ -69,6 +73,16 @@ class Contract(Interface):
         """Inverse of `normalize_state`."""
         return denormalize(state, *self.state_bounds())
 
+    def nearly_constant(self) -> tuple[str, ...]:
+        """The dimensions, as "action dx" or "state x", whose range is so small that `bounds` widened it."""
+        found = []
+        for kind in ("action", "state"):
+            statistics, names = getattr(self, f"{kind}_statistics"), getattr(self, f"{kind}_names")
+            for i, (name, unit) in enumerate(zip(names, getattr(self, f"{kind}_units"), strict=True)):
+                if statistics.q99[i] - statistics.q01[i] < FLOORS[unit]:
+                    found.append(f"{kind} {name}")
+        return tuple(found)
+
     def check(self, other: "Contract", what: str = "the other contract") -> None:
         """Raises UserError that names, in one line, every field in which `other` (called `what`) differs."""
         mine, theirs = _flat(self), _flat(other)
@@ -82,6 +96,8 @@ class Contract(Interface):
 
     def table(self) -> str:
         """The statistics as text, one dimension a line: `farthest` is the largest normalised value."""
+        if self.robots:
+            return "\n\n".join(f"{name}\n{contract.table()}" for name, contract in self.robots.items())
         columns = ("q01", "q99", "min", "max", "mean", "std", "farthest")
         lines = [f"{'dimension':<16}{'unit':>5}" + "".join(f"{column:>10}" for column in columns)]
         for kind in ("action", "state"):
@@ -91,7 +107,7 @@ class Contract(Interface):
             farthest = np.abs(normalize(extremes, low, high)).max(axis=0)
             for i, (name, unit) in enumerate(zip(names, units, strict=True)):
                 values = [getattr(statistics, key)[i] for key in ("q01", "q99", "minimum", "maximum", "mean", "std")]
-                floored = statistics.q99[i] - statistics.q01[i] < FLOORS[unit]
+                floored = f"{kind} {name}" in self.nearly_constant()
                 note = f"  nearly constant: range widened to {FLOORS[unit]:g} {unit}" if floored else ""
                 numbers = "".join(f"{value:10.4f}" for value in values) + f"{farthest[i]:10.2f}"
                 lines.append(f"{kind + ' ' + name:<16}{unit:>5}{numbers}{note}")
@@ -104,9 +120,14 @@ class Contract(Interface):
     @classmethod
     def from_json(cls, text: str) -> "Contract":
         """Inverse of `to_json`."""
-        values = interface_from_json(json.loads(text))
+        return cls._from_values(json.loads(text))
+
+    @classmethod
+    def _from_values(cls, values: dict[str, Any]) -> "Contract":
+        values = interface_from_json(values)
         for kind in ("action_statistics", "state_statistics"):
             values[kind] = Statistics.from_json(values[kind])
+        values["robots"] = {name: cls._from_values(robot) for name, robot in values.get("robots", {}).items()}
         return cls(**values)
 
     def save(self, path: str | Path) -> None:
@@ -150,26 +171,35 @@ def bounds(statistics: Statistics, units: tuple[str, ...]) -> tuple[Float[np.nda
     return (middle - half).astype(np.float32), (middle + half).astype(np.float32)
 
 
-def compute_contract(directory: str | Path | RldsDataset) -> Contract:
+def compute_contract(directory: str | Path | Dataset, image_size: int = 0) -> Contract:
     """Reads every action and state of a dataset once, decodes no picture, and returns the dataset's contract.
+
+    Args:
+        directory: a dataset, or where one lies.
+        image_size: pixels of the square pictures that the policy will see; 0 for those of the dataset.
 
     Raises:
         UserError: no dataset there, or a faulty episode (which is named).
     """
-    dataset = directory if isinstance(directory, RldsDataset) else open_rlds(directory)
-    interface = dataset.interface
+    dataset = open_dataset(directory) if isinstance(directory, str | Path) else directory
+    return pooled_contract([dataset], dataset.interface.resized(image_size), dataset.facts)
+
+
+def pooled_contract(datasets: Sequence[Dataset], interface: Interface, facts: dict[str, Any]) -> Contract:
+    """The contract of datasets of one robot, with the statistics of all their steps together."""
     actions = RunningStatistics(len(interface.action_names))
     states = RunningStatistics(len(interface.state_names))
-    for index in range(len(dataset)):
-        episode = dataset.read(index)
-        actions.update(episode.actions)
-        states.update(episode.state)
+    for dataset in datasets:
+        for action, state in dataset.numbers():
+            actions.update(action)
+            states.update(state)
     fields = {field.name: getattr(interface, field.name) for field in dataclasses.fields(Interface)}
+    prints = [dataset.fingerprint for dataset in datasets]
     return Contract(
         **fields,
-        dataset=dataset.name,
-        fingerprint=dataset.fingerprint,
-        facts=dataset.facts,
+        dataset="+".join(dataset.name for dataset in datasets),
+        fingerprint=prints[0] if len(prints) == 1 else _seal("\n".join(prints)),
+        facts=facts,
         action_statistics=actions.result(),
         state_statistics=states.result(),
     )

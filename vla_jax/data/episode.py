@@ -95,3 +95,18 @@ def decode_jpeg(jpeg: bytes) -> UInt8[np.ndarray, "H W 3"]:
     if image is None:
         raise UserError("a picture of the dataset is damaged: collect or copy the dataset again")
     return image
+
+
+def fit_picture(image: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
+    """The picture at another size: shrunk or stretched without changing its shape, black where it does not reach."""
+    height, width = image.shape[:2]
+    scale = min(size[0] / height, size[1] / width)
+    inner = max(1, round(height * scale)), max(1, round(width * scale))
+    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    resized = cv2.resize(image, inner[::-1], interpolation=method)
+    if inner == tuple(size):
+        return resized
+    top, left = (size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2
+    fitted = np.zeros((*size, 3), np.uint8)
+    fitted[top : top + inner[0], left : left + inner[1]] = resized
+    return fitted

@@ -47,6 +47,11 @@ class Interface:
             if len(names) != len(units) or not names:
                 raise UserError(f"the interface names {len(names)} {kind} dimensions but gives {len(units)} units")
 
+    def resized(self, image_size: int) -> "Interface":
+        """The same with square pictures of `image_size` pixels; 0 leaves them as they are."""
+        sizes = {view: (image_size, image_size) for view in self.images} if image_size else self.images
+        return dataclasses.replace(self, images=sizes)
+
     def prompt(self, instruction: str) -> str:
         """The text that is tokenised for `instruction`."""
         return self.prompt_format.format(instruction=instruction)

@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import hashlib
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -20,9 +21,10 @@ from jaxtyping import Bool, Int
 
 from vla_jax.data import tokenizer as tokenizers
 from vla_jax.data.balance import drawn_by_weight, episode_weights
-from vla_jax.data.contract import Contract
-from vla_jax.data.episode import StoredEpisode, decode_jpeg
-from vla_jax.data.rlds import RldsDataset, open_rlds
+from vla_jax.data.contract import Contract, compute_contract
+from vla_jax.data.dataset import Dataset, open_dataset
+from vla_jax.data.episode import StoredEpisode, decode_jpeg, fit_picture
+from vla_jax.data.mixture import MixedDataset, describe_members, mixture_contract
 from vla_jax.errors import UserError
 
 SPLITS = ("train", "held_out")
@@ -33,21 +35,26 @@ class DataConfig:
     """Which data, in what batches.
 
     Attributes:
-        directory: an RLDS dataset, the path that `experiments.collect` prints.
+        directory: a dataset, the path that `experiments.convert` or `experiments.collect` prints.
+        mixture: several of them instead, each with the weight by which its steps are drawn (see `data.mixture`).
+        image_size: pixels of the square pictures that are made of those of the dataset; 0 leaves them as they are.
         batch_size: samples a training step, over all processes.
         chunk: C, actions a sample.
         seed: of the order.
         split: "train" or "held_out"; whole episodes belong to one of the two.
-        held_out_fraction: share of episodes kept out of training, chosen by a hash of their number.
+        held_out_fraction: share of episodes kept out of training, chosen by a hash of their names.
         threads: reading threads a process.
         workers: reading processes; 0 reads in threads of the training process, which is faster on few cores.
         prefetch: batches read ahead.
         balance: exponent of the weights with which episodes are drawn, 0 draws all alike (see `data.balance`).
         weights: the file that holds them, which `experiments.balance` writes.
-        cache_mb: memory for episodes that were read before, in MiB, in each reading process.
+        cache_mb: memory for episodes that were read before, in MiB, in each reading process; a converted dataset reads
+            single steps and needs none.
     """
 
     directory: str = ""
+    mixture: tuple[tuple[str, float], ...] = ()
+    image_size: int = 0
     batch_size: int = 64
     chunk: int = 8
     seed: int = 0
@@ -64,28 +71,32 @@ class DataConfig:
         for name in ("batch_size", "chunk", "threads", "prefetch"):
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name} is {getattr(self, name)}: it must be at least 1")
-        for name in ("seed", "workers", "cache_mb"):
+        for name in ("seed", "workers", "cache_mb", "image_size"):
             if getattr(self, name) < 0:
                 raise UserError(f"data.{name} is {getattr(self, name)}: it must not be negative")
         if not 0 <= self.held_out_fraction < 1:
             raise UserError(f"data.held_out_fraction is {self.held_out_fraction}: it must be at least 0 and below 1")
+        if self.mixture and (self.directory or self.balance):
+            raise UserError("data.mixture takes the place of data.directory, and data.balance cannot be used with it")
+        if any(weight <= 0 for _, weight in self.mixture):
+            raise UserError(f"data.mixture is {self.mixture}: every weight must be above 0")
         if self.split not in SPLITS:
             raise UserError(f"data.split is {self.split!r}: choose one of {', '.join(SPLITS)}")
 
 
-def held_out_episodes(name: str, count: int, fraction: float) -> Bool[np.ndarray, "E"]:
-    """Which of the first `count` episodes of dataset `name` are held out; episodes added later change nothing here."""
+def held_out_episodes(names: Sequence[str], fraction: float) -> Bool[np.ndarray, "E"]:
+    """Which of the named episodes are held out; others that are added later change nothing here."""
 
-    def place(index):
-        return int.from_bytes(hashlib.sha256(f"{name}/{index}".encode()).digest()[:8], "big") / 2**64
+    def place(name):
+        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
-    return np.array([place(index) < fraction for index in range(count)], bool)
+    return np.array([place(name) < fraction for name in names], bool)
 
 
 class EpisodeCache:
     """Episodes read before, least recently used first out, bounded by their bytes. Safe to use from several threads."""
 
-    def __init__(self, dataset: RldsDataset, max_bytes: int):
+    def __init__(self, dataset: Dataset, max_bytes: int):
         self._dataset = dataset
         self._max_bytes = max_bytes
         self._episodes: collections.OrderedDict[int, StoredEpisode] = collections.OrderedDict()
@@ -115,8 +126,8 @@ class EpisodeCache:
 class BatchReader:
     """Turns step numbers into a batch. Step numbers count the steps of the chosen episodes in order."""
 
-    def __init__(self, dataset: RldsDataset, contract: Contract, config: DataConfig):
-        held_out = held_out_episodes(dataset.name, len(dataset), config.held_out_fraction)
+    def __init__(self, dataset: Dataset, contract: Contract, config: DataConfig):
+        held_out = held_out_episodes(dataset.episode_names, config.held_out_fraction)
         self.episodes = np.flatnonzero(held_out if config.split == "held_out" else ~held_out)
         if len(self.episodes) == 0:
             raise UserError(
@@ -131,12 +142,13 @@ class BatchReader:
         self._start()
 
     def _start(self):
-        self._cache = EpisodeCache(self._dataset, self._max_bytes)
+        cached = not self._dataset.reads_steps
+        self._read = EpisodeCache(self._dataset, self._max_bytes).__getitem__ if cached else self._dataset.read
         self._tokenizer = tokenizers.from_json(self._contract.tokenizer)
         self._tokens: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def __getstate__(self):
-        transient = ("_cache", "_tokenizer", "_tokens")
+        transient = ("_read", "_tokenizer", "_tokens")
         return {name: value for name, value in self.__dict__.items() if name not in transient}
 
     def __setstate__(self, state):
@@ -164,14 +176,23 @@ class BatchReader:
             position = int(np.searchsorted(self._ends, number, side="right"))
             episode_id = int(self.episodes[position])
             step = int(number - (self._ends[position - 1] if position else 0))
-            episode = self._cache[episode_id]
+            episode = self._read(episode_id)
             for view, pictures in batch["images"].items():
-                pictures[row] = decode_jpeg(episode.images[view][step])
+                pictures[row] = self._picture(episode, view, episode_id, step)
             batch["state"][row] = episode.state[step]
             batch["tokens"][row], batch["token_mask"][row] = self._encode(episode.instruction)
             batch["actions"][row], batch["action_mask"][row] = action_chunk(episode.actions, step, self._chunk)
             batch["episode"][row], batch["step"][row] = episode_id, step
         return batch
+
+    def _picture(self, episode, view, episode_id, step):
+        try:
+            picture = decode_jpeg(episode.images[view][step])
+        except UserError as error:
+            name = self._dataset.episode_names[episode_id]
+            raise UserError(f"view {view} of step {step} of {name} in {self._dataset.directory}: {error}") from error
+        size = self._contract.images[view]
+        return picture if picture.shape[:2] == size else fit_picture(picture, size)
 
     def _encode(self, instruction):
         if instruction not in self._tokens:
@@ -259,18 +280,19 @@ def make_loader(config: DataConfig, contract: Contract, process_index: int = 0, 
     Raises:
         UserError: no such dataset, it does not fit the contract, the split is empty, or a batch cannot be divided.
     """
-    if not config.directory:
-        raise UserError("data.directory is not set: give the path that python -m experiments.collect printed")
     if config.batch_size % process_count:
         raise UserError(f"data.batch_size {config.batch_size} cannot be divided among {process_count} processes")
-    dataset = open_rlds(config.directory)
-    contract.check_interface(dataset.interface, f"the dataset at {config.directory}")
+    dataset = open_data(config, contract)
     reader = BatchReader(dataset, contract, config)
     if config.balance and not config.weights:
         raise UserError("data.balance needs data.weights: the file that python -m experiments.balance writes")
     if config.balance:
         weights = episode_weights(config.weights, config.balance, dataset)[reader.episodes]
         steps = drawn_by_weight(np.repeat(weights, dataset.lengths[reader.episodes]), config.seed)
+    elif isinstance(dataset, MixedDataset):
+        member = np.searchsorted(dataset.first, reader.episodes, side="right") - 1
+        lengths = np.bincount(member, dataset.lengths[reader.episodes], len(dataset.members)).astype(int)
+        steps = dataset.step_numbers(lengths.tolist(), config.seed)
     else:
         steps = grain.MapDataset.range(len(reader)).seed(config.seed).shuffle().repeat()
     batches = steps.batch(config.batch_size, drop_remainder=True, batch_fn=np.array).map(
@@ -278,3 +300,42 @@ def make_loader(config: DataConfig, contract: Contract, process_index: int = 0, 
     )
     stream = {name: getattr(config, name) for name in ("batch_size", "seed", "split", "held_out_fraction", "balance")}
     return Loader(batches, config, {"dataset": dataset.fingerprint, **stream})
+
+
+def data_contract(config: DataConfig) -> Contract:
+    """The contract of the configured data: reads every action and state once, decodes no picture.
+
+    Raises:
+        UserError: no data are configured, or there is none, or the datasets of a mixture do not go together.
+    """
+    if config.mixture:
+        return mixture_contract([open_dataset(path) for path, _ in config.mixture], config.image_size)
+    return compute_contract(open_dataset(_directory(config)), config.image_size)
+
+
+def open_data(config: DataConfig, contract: Contract) -> Dataset:
+    """The configured data, opened. Raises UserError where they do not fit the contract."""
+    if config.mixture:
+        paths, weights = zip(*config.mixture, strict=True)
+        return MixedDataset([open_dataset(path) for path in paths], weights, contract)
+    dataset = open_dataset(_directory(config))
+    contract.check_interface(dataset.interface.resized(config.image_size), f"the dataset at {config.directory}")
+    return dataset
+
+
+def describe_data(config: DataConfig, contract: Contract, samples: int) -> str:
+    """What a run of `samples` draws sees of each dataset, and which dimensions hardly ever move."""
+    dataset = open_data(config, contract)
+    members = dataset.members if isinstance(dataset, MixedDataset) else (dataset,)
+    weights = [weight for _, weight in config.mixture] or [1.0]
+    still = [name for robot in (contract.robots or {"": contract}).values() for name in robot.nearly_constant()]
+    lines = [describe_members(members, weights, samples)]
+    return "\n".join(lines + ([f"nearly constant: {', '.join(still)}"] if still else []))
+
+
+def _directory(config: DataConfig) -> str:
+    if not config.directory:
+        raise UserError(
+            "data.directory is not set: give the path that python -m experiments.collect or experiments.convert printed"
+        )
+    return config.directory

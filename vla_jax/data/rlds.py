@@ -21,6 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from google.protobuf import json_format, message
+from jaxtyping import Float
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
 from tensorflow_datasets.proto import tf_example_pb2
 
@@ -69,7 +70,7 @@ def write_rlds(
     draft = target.with_name(f"{VERSION}.incomplete")
     shutil.rmtree(draft, ignore_errors=True)
     try:
-        with _full_disk_as_user_error(draft):
+        with full_disk_as_user_error(draft, "nothing was kept"):
             draft.mkdir(parents=True)
             _write_shards(draft, name, episodes, interface, facts, episodes_per_shard)
             draft.rename(target)
@@ -86,8 +87,9 @@ def refuse_existing(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _full_disk_as_user_error(path: Path) -> Iterator[None]:
-    message = f"no space left while writing {path}: nothing was kept; free some space or choose another directory"
+def full_disk_as_user_error(path: Path, kept: str) -> Iterator[None]:
+    """Raises UserError where the operating system refuses to write `path`. kept: says what is left there."""
+    message = f"no space left while writing {path}: {kept}; free some space or choose another directory"
     try:
         yield
     except OSError as error:
@@ -213,8 +215,11 @@ class RldsDataset:
         interface: names, units and sizes of its arrays.
         facts: what is known about the dataset as a whole.
         lengths: int32[E], steps of each episode.
+        episode_names: what each episode is called for ever.
         fingerprint: hash of the dataset's content; equal for equal content, wherever it lies.
     """
+
+    reads_steps = False  # a step costs its whole episode: keep those
 
     def __init__(self, directory, name, interface, facts, lengths, fingerprint, shards):
         self.directory = directory
@@ -222,6 +227,7 @@ class RldsDataset:
         self.interface = interface
         self.facts = facts
         self.lengths = lengths
+        self.episode_names = tuple(f"{name}/{number}" for number in range(len(lengths)))
         self.fingerprint = fingerprint
         with _damage_as_user_error(directory):
             self._records = ArrayRecordDataSource(shards)
@@ -255,6 +261,12 @@ class RldsDataset:
             instruction,
             _episode_metadata(features),
         )
+
+    def numbers(self) -> Iterator[tuple[Float[np.ndarray, "T A"], Float[np.ndarray, "T S"]]]:
+        """Actions and states, episode by episode; no picture is decoded."""
+        for index in range(len(self)):
+            episode = self.read(index)
+            yield episode.actions, episode.state
 
     def close(self) -> None:
         """Closes the shards."""

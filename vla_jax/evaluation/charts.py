@@ -22,7 +22,7 @@ def curves_figure(runs: Sequence[Run], names: Sequence[str] | None = None, colum
     """One panel a metric, one line a run. Without `names`: every loss term, then the other curves that change."""
     names = list(names) if names is not None else default_curves(runs)
     rows = max(1, -(-len(names) // columns))
-    figure, axes = _canvas(rows, columns)
+    figure, axes = canvas(rows, columns)
     for axis, name in zip(axes, names, strict=False):
         for run, colour in zip(runs, _colours(len(runs)), strict=True):
             if name in run.metrics:
@@ -83,7 +83,8 @@ def to_svg(figure: "Figure") -> str:
     return re.sub("<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
 
 
-def _canvas(rows: int, columns: int):
+def canvas(rows: int, columns: int) -> "tuple[Figure, list]":
+    """A figure off screen with rows x columns styled panels, and these in a list."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows), layout="constrained")

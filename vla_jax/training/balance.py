@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from vla_jax.data.balance import effective_share, episode_weights
 from vla_jax.data.contract import Contract
+from vla_jax.data.dataset import open_dataset
 from vla_jax.data.loader import BatchReader, DataConfig
-from vla_jax.data.rlds import open_rlds
 from vla_jax.evaluation.results import write_atomically
 from vla_jax.losses.information import likelihoods
 
@@ -31,7 +31,7 @@ def write_information(policy: nnx.Module, contract: Contract, directory: str | P
         directory: the demonstrations that it has learned them from.
         path: of the file, for `DataConfig.weights`.
     """
-    dataset = open_rlds(directory)
+    dataset = open_dataset(directory)
     information = episode_information(policy, contract, directory)
     write_atomically(path, json.dumps({"fingerprint": dataset.fingerprint, "information": information.tolist()}))
     share = effective_share(episode_weights(path, 1.0, dataset))
@@ -46,7 +46,7 @@ def write_information(policy: nnx.Module, contract: Contract, directory: str | P
 def episode_information(policy: nnx.Module, contract: Contract, directory: str | Path) -> Float[np.ndarray, "E"]:
     """log p(l | v) - log p(l) of every episode in nats."""
     config = DataConfig(directory=str(directory), held_out_fraction=0.0, chunk=policy.config.chunk, cache_mb=0)
-    dataset = open_rlds(directory)
+    dataset = open_dataset(directory)
     reader, (graphdef, weights) = BatchReader(dataset, contract, config), nnx.split(policy)
     starts = np.concatenate([[0], np.cumsum(dataset.lengths)[:-1]])
     found = []

@@ -17,6 +17,7 @@ from vla_jax.losses.objective import objective
 from vla_jax.models.normalizer import DataFacts
 from vla_jax.models.policy import Policy
 from vla_jax.nn.flat import FlatArrays
+from vla_jax.training.augment import augmented
 from vla_jax.training.mesh import check_batch_size, state_shardings, with_shardings
 from vla_jax.training.optimizer import make_optimizer, make_schedule
 from vla_jax.training.state import Beginning, TrainState, abstract
@@ -64,7 +65,7 @@ def make_program(config: TrainConfig, facts: DataFacts, mesh: Mesh) -> Program:
     loss = functools.partial(_objective, config=config.loss)
     step = make_step(
         graphdef,
-        loss,
+        augmented(loss, config.augment),
         optimizer,
         make_schedule(config.optimizer, config.steps),
         config.optimizer.ema_decay,

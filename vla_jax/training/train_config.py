@@ -9,6 +9,7 @@ from vla_jax.evaluation.evaluate import EvalConfig
 from vla_jax.losses.objective import LossConfig
 from vla_jax.models.policy import PolicyConfig
 from vla_jax.pretrained.backbone import PretrainedConfig
+from vla_jax.training.augment import AugmentConfig
 from vla_jax.training.mesh import MeshConfig
 from vla_jax.training.optimizer import OptimizerConfig
 
@@ -25,8 +26,8 @@ class TrainConfig:
     """One training run.
 
     Attributes:
-        data, questions, policy, pretrained, loss, optimizer, eval, mesh: see there. `data.batch_size` is the global
-            batch, over all devices and processes.
+        data, augment, questions, policy, pretrained, loss, optimizer, eval, mesh: see there. `data.batch_size` is the
+            global batch, over all devices and processes.
         init_from: a run from whose vision-language model (`models.policy.LANGUAGE_MODEL`) this one starts; empty: none.
         arm: name of the policy in tables.
         seed: of the first weights and of the noise; the order of the data has its own, `data.seed`.
@@ -41,6 +42,7 @@ class TrainConfig:
     """
 
     data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
     questions: QuestionConfig = QuestionConfig()
     policy: PolicyConfig = PolicyConfig()
     pretrained: PretrainedConfig = PretrainedConfig()
@@ -71,6 +73,8 @@ class TrainConfig:
             raise UserError("questions.batch_size and loss.question_weight go together: set both, or neither")
         if not self.loss.demonstrations and self.eval_every:
             raise UserError("a run without demonstrations learns no actions to judge: set eval_every = 0")
+        if not self.loss.demonstrations and self.augment != AugmentConfig():
+            raise UserError("augment changes the pictures of demonstrations: a run without them cannot use it")
         if self.data.chunk != self.policy.chunk:
             raise UserError(f"data.chunk is {self.data.chunk} and policy.chunk is {self.policy.chunk}: set both alike")
 

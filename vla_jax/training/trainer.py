@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 import vla_jax
 from vla_jax.config import diff, to_json
-from vla_jax.data.contract import Contract, compute_contract
-from vla_jax.data.loader import make_loader
+from vla_jax.data.contract import Contract
+from vla_jax.data.loader import data_contract, describe_data, make_loader
 from vla_jax.envs.questions import Questioner, QuestionStream
 from vla_jax.errors import UserError
 from vla_jax.evaluation.evaluate import Evaluator, World, format_table
@@ -55,7 +55,7 @@ def train(config: TrainConfig, workdir: str | Path, resume: bool = False, resume
     """
     run_dir = Path(workdir)
     mesh = make_mesh(config.mesh)
-    contract = compute_contract(config.data.directory) if config.data.directory else _no_data()
+    contract = data_contract(config.data)
     config, contract = on_pretrained(config, contract)
     _check_run_dir(run_dir, config, contract, resume)
     program = make_program(config, policy_facts(contract), mesh)
@@ -121,10 +121,6 @@ def command_to_resume() -> str:
     """The command line of this process, with --resume."""
     command = [argument for argument in sys.orig_argv if not argument.startswith("--resume")]
     return shlex.join([*command, "--resume"])
-
-
-def _no_data() -> Contract:
-    raise UserError("data.directory is not set: give the path that python -m experiments.collect printed")
 
 
 def _check_run_dir(run_dir: Path, config: TrainConfig, contract: Contract, resume: bool) -> None:
@@ -230,6 +226,8 @@ def _describe(config: TrainConfig, contract: Contract, program: Program, run_dir
     count = sum(leaf.size for leaf in program.shapes.params.values())
     print(f"{config.arm}: {count / 1e6:.2f} M parameters, {config.steps} steps of {config.samples} samples")
     print(describe(program.shapes, program.shardings))
+    if config.loss.demonstrations:
+        print(describe_data(config.data, contract, config.steps * config.data.batch_size))
     print(f"data: {contract.dataset} ({contract.fingerprint[:12]})   run: {run_dir}", flush=True)
 
 
