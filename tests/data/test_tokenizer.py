@@ -5,7 +5,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from vla_jax.data import tokenizer as tokenizers
-from vla_jax.data.tokenizer import PAD_ID, encode, from_json, to_json, train_tokenizer
+from vla_jax.data.tokenizer import PAD_ID, cut_off, encode, from_json, to_json, train_tokenizer, with_limit
 from vla_jax.envs import language
 from vla_jax.errors import UserError
 
@@ -57,6 +57,21 @@ def test_an_unknown_word_is_named_with_the_nearest_known_one():
 def test_too_many_words_are_told():
     with pytest.raises(UserError, match="'push the red cube' has 4 tokens and at most 3 fit"):
         encode(train_tokenizer(SENTENCES), ["push the red cube"], 3)
+
+
+def test_a_limit_cuts_only_if_asked_to():
+    made = train_tokenizer(SENTENCES)
+    made.enable_truncation(2)
+    made.enable_padding(length=9)  # as files of released models may say
+    whole, cut = (from_json(with_limit(to_json(made), 3, truncate)) for truncate in (False, True))
+    with pytest.raises(UserError, match="4 tokens and at most 3 fit"):
+        encode(whole, SENTENCES[:1], 3)
+    tokens, mask = encode(cut, ["push the red cube", "push"], 3)
+    np.testing.assert_array_equal(tokens, [[5, 7, 6], [5, PAD_ID, PAD_ID]])
+    assert mask.sum() == 4
+    assert [
+        cut_off(cut, text) for text in ("push the red cube", "push the red", "push the the the the the red cube")
+    ] == [1, 0, 5]
 
 
 def test_json_round_trip():

@@ -1,5 +1,6 @@
 """From a checkpoint that transformers wrote, through a training run, to a checkpoint that transformers loads."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -8,20 +9,25 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import vla_jax
+from experiments.compare import collect_once
+from vla_jax.data.loader import data_contract, make_loader
+from vla_jax.envs.collect import CollectConfig
+from vla_jax.envs.env import EnvConfig
 from vla_jax.errors import UserError
 from vla_jax.models.qwen_vision import cut
 from vla_jax.nn.lora import LoraConfig
 from vla_jax.pretrained.backbone import PretrainedConfig, save_backbone
 from vla_jax.training.checkpoints import load_policy
 from vla_jax.training.metrics import read_metrics
-from vla_jax.training.trainer import train
+from vla_jax.training.trainer import on_pretrained, train
 
 torch = pytest.importorskip("torch")
 import transformers  # noqa: E402
 
 from tests.parity.tiny import PALIGEMMA, QWEN, paligemma_inputs, qwen_inputs, to_torch, write_checkpoint  # noqa: E402
-from tests.training.conftest import WORDS, make_dataset, tiny_config  # noqa: E402
+from tests.training.conftest import WORDS, tiny_config  # noqa: E402
 
+LONGEST = 48  # a word of the table is many tokens of this tokenizer
 MODELS = {
     "qwen": (transformers.Qwen3VLForConditionalGeneration, transformers.Qwen3VLConfig, QWEN),
     "paligemma": (transformers.PaliGemmaForConditionalGeneration, transformers.PaliGemmaConfig, PALIGEMMA),
@@ -40,7 +46,10 @@ def byte_tokenizer() -> str:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("data"), seed=0)
+    """Demonstrations on the table, in pictures as small as the models."""
+    return collect_once(
+        CollectConfig(env=EnvConfig(task="reach", image_size=16), episodes=8, batch=8), tmp_path_factory.mktemp("data")
+    )
 
 
 def checkpoint(directory, name, **vision):
@@ -56,7 +65,7 @@ def run_config(dataset, directory, **policy):
     return dataclasses.replace(
         config,
         policy=dataclasses.replace(config.policy, **policy),
-        pretrained=PretrainedConfig(str(directory), max_tokens=12),
+        pretrained=PretrainedConfig(str(directory), max_tokens=LONGEST),
         steps=20,
         checkpoint_every=20,
         validate_every=0,
@@ -71,7 +80,7 @@ def test_a_checkpoint_becomes_a_policy_and_a_checkpoint_again(dataset, tmp_path,
     before = vla_jax.load_vlm(source)
     run_dir = train(run_config(dataset, source), tmp_path / "run")
     policy, contract, config = load_policy(run_dir, ema=False)
-    assert json.loads(contract.tokenizer) == json.loads(byte_tokenizer()) and contract.max_tokens == 12
+    assert json.loads(contract.tokenizer) == json.loads(byte_tokenizer()) and contract.max_tokens == LONGEST
     assert config.policy.trunk.width == 64 and read_metrics(run_dir)[-1]["step"] == 20
     moved = np.abs(np.asarray(policy.trunk.norm.scale[...]) - np.asarray(before.trunk.norm.scale[...])).max()
     assert 0 < moved < 0.1  # trained, and not from new weights
@@ -105,12 +114,17 @@ def test_pictures_of_another_size_are_named(dataset, tmp_path):
         train(run_config(dataset, source), tmp_path / "run")
 
 
-def test_instructions_that_do_not_fit_are_named(dataset, tmp_path):
+def test_instructions_that_do_not_fit_are_named_or_cut(dataset, tmp_path, capsys):
     source = checkpoint(tmp_path / "source", "qwen", patch_size=4)
     config = run_config(dataset, source)
     config = dataclasses.replace(config, pretrained=PretrainedConfig(str(source), max_tokens=2))
     with pytest.raises(UserError, match="tokens and at most 2 fit"):
         train(config, tmp_path / "run")
+    cuts = dataclasses.replace(config, pretrained=PretrainedConfig(str(source), max_tokens=2, truncate=True))
+    cuts, contract = on_pretrained(cuts, data_contract(cuts.data))
+    with contextlib.closing(make_loader(cuts.data, contract)) as loader:
+        assert next(loader)["token_mask"].all()
+    assert "(instruction number 1 that is too long)" in capsys.readouterr().out
     (source / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="has no tokenizer.json"):
         train(config, tmp_path / "other")

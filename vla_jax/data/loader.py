@@ -146,9 +146,10 @@ class BatchReader:
         self._read = EpisodeCache(self._dataset, self._max_bytes).__getitem__ if cached else self._dataset.read
         self._tokenizer = tokenizers.from_json(self._contract.tokenizer)
         self._tokens: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._cut = 0
 
     def __getstate__(self):
-        transient = ("_read", "_tokenizer", "_tokens")
+        transient = ("_read", "_tokenizer", "_tokens", "_cut")
         return {name: value for name, value in self.__dict__.items() if name not in transient}
 
     def __setstate__(self, state):
@@ -199,6 +200,9 @@ class BatchReader:
             prompt = self._contract.prompt(instruction)
             tokens, mask = tokenizers.encode(self._tokenizer, [prompt], self._contract.max_tokens)
             self._tokens[instruction] = tokens[0], mask[0]
+            if lost := tokenizers.cut_off(self._tokenizer, prompt):
+                self._cut += 1
+                print(f"cut off the last {lost} tokens of {prompt!r} (instruction number {self._cut} that is too long)")
         return self._tokens[instruction]
 
 

@@ -35,13 +35,32 @@ def train_tokenizer(sentences: Iterable[str]) -> Tokenizer:
     return tokenizer
 
 
+def with_limit(text: str, length: int, truncate: bool) -> str:
+    """The text of a tokenizer.json whose tokenizer cuts what is longer than `length` tokens, or leaves it whole.
+
+    What the file itself says about cutting and padding is dropped: it is made for other uses.
+    """
+    tokenizer = from_json(text)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    if truncate:
+        tokenizer.enable_truncation(length)
+    return to_json(tokenizer)
+
+
+def cut_off(tokenizer: Tokenizer, text: str) -> int:
+    """How many tokens of a text the tokenizer's limit takes away."""
+    return sum(len(part.ids) for part in tokenizer.encode(text, add_special_tokens=False).overflowing)
+
+
 def encode(
     tokenizer: Tokenizer, texts: Sequence[str], length: int
 ) -> tuple[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
     """Token numbers, left-aligned and padded with 0 to `length`, and a mask that is True on words.
 
     Raises:
-        UserError: a text holds a word that the tokenizer does not know, or more than `length` words.
+        UserError: a text holds a word that the tokenizer does not know, or more than `length` words, unless the
+            tokenizer itself cuts them off (`with_limit`).
     """
     tokens = np.full((len(texts), length), PAD_ID, np.int32)
     mask = np.zeros((len(texts), length), bool)

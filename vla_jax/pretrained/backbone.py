@@ -26,10 +26,12 @@ QUERY_NOISE = 0.02  # standard deviation of new queries about the mean word, as 
 @dataclasses.dataclass(frozen=True)
 class PretrainedConfig:
     """directory: of a checkpoint that `vla_jax.load_vlm` reads; "" starts from random weights. Its tower, trunk, words
-    and tokenizer become the policy's. max_tokens: the longest instruction; a longer one is an error."""
+    and tokenizer become the policy's. max_tokens: the longest instruction; a longer one is an error, or, with truncate,
+    cut, which the loader counts and says."""
 
     directory: str = ""
     max_tokens: int = 24
+    truncate: bool = False
 
 
 def policy_on(directory: str | Path, policy: PolicyConfig) -> PolicyConfig:

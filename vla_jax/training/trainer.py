@@ -22,6 +22,7 @@ import vla_jax
 from vla_jax.config import diff, to_json
 from vla_jax.data.contract import Contract
 from vla_jax.data.loader import data_contract, describe_data, make_loader
+from vla_jax.data.tokenizer import with_limit
 from vla_jax.envs.questions import Questioner, QuestionStream
 from vla_jax.errors import UserError
 from vla_jax.evaluation.evaluate import Evaluator, World, format_table
@@ -104,7 +105,9 @@ def on_pretrained(config: TrainConfig, contract: Contract) -> tuple[TrainConfig,
     directory = config.pretrained.directory
     if not directory:
         return config, contract
-    words = dict(tokenizer=tokenizer_of(directory), max_tokens=config.pretrained.max_tokens)
+    length = config.pretrained.max_tokens
+    tokenizer = with_limit(tokenizer_of(directory), length, config.pretrained.truncate)
+    words = dict(tokenizer=tokenizer, max_tokens=length)
     policy = policy_on(directory, config.policy)
     return dataclasses.replace(config, policy=policy), dataclasses.replace(contract, **words)
 
