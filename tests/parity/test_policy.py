@@ -6,17 +6,20 @@ import json
 
 import numpy as np
 import pytest
+from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import vla_jax
 from experiments.compare import collect_once
+from experiments.export import main as export
 from vla_jax.data.loader import data_contract, make_loader
 from vla_jax.envs.collect import CollectConfig
 from vla_jax.envs.env import EnvConfig
 from vla_jax.errors import UserError
 from vla_jax.models.qwen_vision import cut
+from vla_jax.nn.flat import flatten
 from vla_jax.nn.lora import LoraConfig
-from vla_jax.pretrained.backbone import PretrainedConfig, save_backbone
+from vla_jax.pretrained.backbone import PretrainedConfig, load_backbone, save_backbone
 from vla_jax.training.checkpoints import load_policy
 from vla_jax.training.metrics import read_metrics
 from vla_jax.training.trainer import on_pretrained, train
@@ -85,6 +88,12 @@ def test_a_checkpoint_becomes_a_policy_and_a_checkpoint_again(dataset, tmp_path,
     moved = np.abs(np.asarray(policy.trunk.norm.scale[...]) - np.asarray(before.trunk.norm.scale[...])).max()
     assert 0 < moved < 0.1  # trained, and not from new weights
     save_backbone(policy, source, tmp_path / "saved")
+    export([str(run_dir), str(tmp_path / "exported")])
+    averaged = load_backbone(tmp_path / "exported", config.policy, flatten(nnx.state(policy, nnx.Param)), seed=0)
+    expected = flatten(nnx.state(load_policy(run_dir)[0], nnx.Param))
+    np.testing.assert_array_equal(averaged["trunk/norm/scale"], expected["trunk/norm/scale"])
+    with pytest.raises(UserError, match="is not empty"):
+        export([str(run_dir), str(tmp_path / "exported")])
     theirs, report = MODELS[name][0].from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert not any(report.values()) and (tmp_path / "saved" / "tokenizer.json").is_file()
     inputs = qwen_inputs([[5, 6, 7]]) if name == "qwen" else paligemma_inputs([([2, 5, 108], [7])], pictures=0)
