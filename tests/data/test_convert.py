@@ -25,6 +25,12 @@ from vla_jax.data.tfrecord import read_records
 from vla_jax.errors import UserError
 
 LENGTHS = [[3, 5], [4, 6, 2]]
+CAMERAS = {
+    "bridge": {"front": "observation/image_0"},
+    "bridge_oxe": {"front": "observation/image"},
+    "fractal": {"front": "observation/image"},
+    "droid": {"front": "observation/exterior_image_1_left", "wrist": "observation/wrist_image_left"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +97,8 @@ def test_published_layouts(kind, published, converted):
         episode = dataset.read(number)
         np.testing.assert_allclose(episode.actions, expected_actions(kind, features), atol=1e-6)
         np.testing.assert_allclose(episode.state, expected_state(kind, features), atol=1e-6)
-        for view, feature in layout.images.items():
+        assert set(episode.images) == set(CAMERAS[kind])
+        for view, feature in CAMERAS[kind].items():
             assert list(episode.images[view]) == list(features[f"steps/{feature}"].bytes_list.value)[kept]
         assert episode.instruction == "put the cup away"
     interface = dataset.interface
