@@ -46,7 +46,7 @@ class ConvertConfig:
     split: str = "train"
     faulty: Literal["error", "skip"] = "error"
     max_episodes: int = 0
-    part_mb: int = 512
+    part_mb: int = 1024
 
     def __post_init__(self):
         if self.part_mb < 1 or self.max_episodes < 0:
