@@ -59,33 +59,38 @@ def write_rlds_and_videos(directory: Path, episodes: int) -> tuple[Path, list[Pa
 KEPT = ("image_0", "state")
 
 
-def timed(stream: Iterator, batches: int, frames: int) -> float:
-    """Frames per second over `batches`, after a quarter as many."""
+Speed = tuple[float, float]  # frames a second, and CPU microseconds a frame over all threads of the reading process
+
+
+def timed(stream: Iterator, batches: int, frames: int) -> Speed:
+    """The speed over `batches`, after a quarter as many."""
     for _ in itertools.islice(stream, max(batches // 4, 2)):
         pass
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     for _ in itertools.islice(stream, batches):
         pass
-    return batches * frames / (time.perf_counter() - start)
+    count = batches * frames
+    return count / (time.perf_counter() - start), 1e6 * (time.process_time() - cpu) / count
 
 
-def ours(path: Path, batches: int, **settings: int) -> float:
-    """Frames per second of this library's loader."""
+def ours(path: Path, batches: int, **settings: int) -> Speed:
+    """This library's loader. CPU time spent in worker processes is not seen."""
     config = DataConfig(directory=str(path), batch_size=BATCH, chunk=CHUNK, held_out_fraction=0.0, **settings)
     with contextlib.closing(make_loader(config, data_contract(config))) as loader:
         return timed(loader, batches, BATCH)
 
 
-def tf_data(python: str, path: Path, batches: int, threads: int) -> float:
-    """Frames per second of the tf.data pipeline, in a process of its own."""
+def tf_data(python: str, path: Path, batches: int, threads: int) -> Speed:
+    """The tf.data pipeline, in a process of its own."""
     script = Path(__file__).with_name("tf_reader.py")
     numbers = [str(number) for number in (threads, BATCH, batches, CHUNK)]
     command = [python, str(script), f"{path}/*.tfrecord*", *numbers]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    speed, cpu = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-2:]
+    return float(speed), float(cpu)
 
 
-def mp4(videos: list[Path], batches: int, threads: int) -> float:
-    """Frames per second of random frames out of mp4 files: seek to the key frame before, decode up to it."""
+def mp4(videos: list[Path], batches: int, threads: int) -> Speed:
+    """Random frames out of mp4 files: seek to the key frame before, decode up to it."""
     random = np.random.default_rng(0)
 
     def frame(_):
@@ -109,18 +114,21 @@ def decode_alone(path: Path, seconds: float = 2.0) -> float:
     return count / (time.perf_counter() - start)
 
 
-def compare(readers: dict[str, Callable[[], float]], rounds: int) -> None:
-    """Prints the median of each reader and of its ratio to the first one, with quartiles."""
+def compare(readers: dict[str, Callable[[], Speed]], rounds: int) -> None:
+    """Prints medians of each reader, and of its ratio of speeds to the first one with quartiles."""
     found = {name: [] for name in readers}
     for _ in range(rounds):
         for name, read in readers.items():
             found[name].append(read())
-    first = found[next(iter(readers))]
-    for name, speeds in found.items():
-        ratios = sorted(speed / one for speed, one in zip(speeds, first, strict=True))
-        low, middle, high = (np.quantile(ratios, q) for q in (0.25, 0.5, 0.75))
+    first = [speed for speed, _ in found[next(iter(readers))]]
+    for name, measured in found.items():
+        speeds, cpu = zip(*measured, strict=True)
+        low, middle, high = np.quantile(
+            [one / other for one, other in zip(speeds, first, strict=True)], (0.25, 0.5, 0.75)
+        )
         print(
-            f"{name:<28}{statistics.median(speeds):>8,.0f} frames/s   x {middle:.2f} [{low:.2f}, {high:.2f}]",
+            f"{name:<24}{statistics.median(speeds):>8,.0f} frames/s   x {middle:.2f} [{low:.2f}, {high:.2f}]"
+            f"{statistics.median(cpu):>8,.0f} us CPU",
             flush=True,
         )
 
