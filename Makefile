@@ -11,7 +11,7 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report,dev]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report,lerobot,dev]'
 	touch $@
 
 # pip takes PyTorch from wherever it is set up to; a CPU build (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL) is a fraction of the
@@ -19,7 +19,7 @@ $(VENV)/.installed: setup.cfg constraints.txt
 parity: $(VENV)/.parity
 
 $(VENV)/.parity: $(VENV)/.installed
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report,dev,parity]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report,lerobot,dev,parity]'
 	touch $@
 
 quickstart: install

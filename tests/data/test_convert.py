@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -25,6 +26,12 @@ from vla_jax.data.tfrecord import read_records
 from vla_jax.errors import UserError
 
 LENGTHS = [[3, 5], [4, 6, 2]]
+CAMERAS = {
+    "bridge": {"front": "observation/image_0"},
+    "bridge_oxe": {"front": "observation/image"},
+    "fractal": {"front": "observation/image"},
+    "droid": {"front": "observation/exterior_image_1_left", "wrist": "observation/wrist_image_left"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +98,8 @@ def test_published_layouts(kind, published, converted):
         episode = dataset.read(number)
         np.testing.assert_allclose(episode.actions, expected_actions(kind, features), atol=1e-6)
         np.testing.assert_allclose(episode.state, expected_state(kind, features), atol=1e-6)
-        for view, feature in layout.images.items():
+        assert set(episode.images) == set(CAMERAS[kind])
+        for view, feature in CAMERAS[kind].items():
             assert list(episode.images[view]) == list(features[f"steps/{feature}"].bytes_list.value)[kept]
         assert episode.instruction == "put the cup away"
     interface = dataset.interface
@@ -103,6 +111,28 @@ def test_names_of_episodes_are_those_of_their_files(converted):
     assert converted["bridge"].episode_names[2] == "bridge_dataset/file_path/2/2"
     assert converted["droid"].episode_names[3] == "droid/recording_folderpath/3/file_path/3"
     assert converted["fractal"].episode_names[4] == "fractal20220817_data/train/4"
+
+
+def test_array_record_shards_are_read_too(dataset_path, episodes, tmp_path):
+    """An RLDS dataset in ArrayRecord (of three shards), by a layout in a file of the user's."""
+    robot = tmp_path / "floating.py"
+    robot.write_text(
+        "from vla_jax.data.layouts import Layout, Part\n"
+        "ACTION = (Part('action', ('dx', 'dyaw', 'opening'), '1'),)\n"
+        "STATE = (Part('observation/state', ('x', 'cos_yaw'), '1'),)\n"
+        "LAYOUT = Layout('floating', 10.0, {'wrist': 'observation/image_wrist'}, ACTION, STATE, 'delta')\n"
+    )
+    original = open_dataset(dataset_path)
+    dataset = convert(ConvertConfig(str(dataset_path), str(robot)), tmp_path).dataset
+    assert dataset.lengths.tolist() == original.lengths.tolist()
+    for number in (0, 16, 39):
+        one, other = dataset.read(number), original.read(number)
+        np.testing.assert_array_equal(one.actions, other.actions)
+        assert list(one.images["wrist"]) == other.images["wrist"] and one.instruction == other.instruction
+    shard = shutil.copytree(dataset_path, tmp_path / "copied") / "synthetic-train.array_record-00001"
+    shard.write_bytes(shard.read_bytes()[:-4000])
+    skipped = convert(ConvertConfig(str(tmp_path / "copied"), str(robot), faulty="skip", name="less"), tmp_path).skipped
+    assert list(skipped) == ["damaged shard"] and 1 <= skipped["damaged shard"] <= 16
 
 
 def test_alternative_instructions(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -145,3 +146,12 @@ def test_wrong_dataset_is_named(dataset, tmp_path):
     (directory / "meta/info.json").write_text("{")
     with pytest.raises(UserError, match="info.json is damaged"):
         LerobotSource(directory, LAYOUT)
+
+
+def test_missing_library_is_named(dataset, tmp_path, monkeypatch):
+    robot = tmp_path / "so101.py"
+    robot.write_text("from tests.data.test_lerobot import LAYOUT\n")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.delitem(sys.modules, "vla_jax.data.lerobot")
+    with pytest.raises(UserError, match="LeRobot data need pyarrow: install it by pip install 'vla_jax.lerobot.'"):
+        convert(ConvertConfig(str(dataset), str(robot)), tmp_path / "out")

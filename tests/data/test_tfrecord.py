@@ -76,7 +76,7 @@ def test_truncated_header(path):
     assert readable(path) == RECORDS
 
 
-@pytest.mark.parametrize("place, whole", [(8 + 4 + 4 + 3, 1), (8 + 4 + 4 + 12 + 1, 1), (16 + 19 + 12 + 2500, 2)])
+@pytest.mark.parametrize("place, whole", [(16 + 3, 1), (16 + 9, 1), (16 + 12 + 1, 1), (16 + 19 + 12 + 2500, 2)])
 def test_one_changed_bit_is_seen(path, place, whole):
     data = bytearray(path.read_bytes())
     data[place] ^= 4

@@ -6,8 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from vla_jax.analysis.imagine import Imagined
+from vla_jax.data.dataset import Dataset
 from vla_jax.data.episode import decode_jpeg
-from vla_jax.data.rlds import RldsDataset
 from vla_jax.evaluation.charts import PALETTE, curves_figure, success_figure
 from vla_jax.evaluation.records import Run
 
@@ -22,7 +22,7 @@ def plot_success(*runs: Run) -> Figure:
     return success_figure([run.last for run in runs if run.last])
 
 
-def plot_episodes(dataset: RldsDataset, indices: Sequence[int], view: str = "front", frames: int = 5) -> Figure:
+def plot_episodes(dataset: Dataset, indices: Sequence[int], view: str = "front", frames: int = 5) -> Figure:
     """Some pictures of each episode, evenly spaced from its first to its last, under its instruction."""
     figure = Figure(figsize=(1.7 * frames, 1.95 * len(indices)), layout="constrained")
     axes = figure.subplots(len(indices), frames, squeeze=False)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from vla_jax.data import tokenizer as tokenizers
 from vla_jax.data.episode import StoredEpisode
 from vla_jax.data.interface import Interface
-from vla_jax.data.layouts import UNITS, Fault, Layout, assemble, picture_sizes
+from vla_jax.data.layouts import UNITS, EpisodeFunction, Fault, Layout, assemble, picture_sizes
 from vla_jax.data.registry import LAYOUTS, find_layout
 from vla_jax.data.rlds import full_disk_as_user_error, refuse_existing
 from vla_jax.data.sources import FunctionSource, RldsSource, Source
@@ -46,7 +46,7 @@ class ConvertConfig:
     split: str = "train"
     faulty: Literal["error", "skip"] = "error"
     max_episodes: int = 0
-    part_mb: int = 512
+    part_mb: int = 1024
 
     def __post_init__(self):
         if self.part_mb < 1 or self.max_episodes < 0:
@@ -97,7 +97,7 @@ def convert(config: ConvertConfig, directory: str | Path) -> Conversion:
     return Conversion(StepDataset(target), skipped)
 
 
-def open_source(config: ConvertConfig, layout: Layout, function) -> Source:
+def open_source(config: ConvertConfig, layout: Layout, function: EpisodeFunction | None) -> Source:
     """The reader that fits the directory.
 
     Raises:
@@ -109,14 +109,20 @@ def open_source(config: ConvertConfig, layout: Layout, function) -> Source:
     if function is not None:
         return FunctionSource(directory.name, directory, function)
     if (directory / "meta/info.json").is_file():
-        from vla_jax.data.lerobot import LerobotSource  # the only reader that needs pyarrow and PyAV
-
-        return LerobotSource(directory, layout)
+        return _lerobot(directory, layout)
     if (directory / "dataset_info.json").is_file():
         return RldsSource(directory, layout, config.split)
     found = [path.parent for path in sorted(directory.glob("*/dataset_info.json"))]
     hint = f"did you mean {found[0]}?" if found else "expected dataset_info.json (RLDS) or meta/info.json (LeRobot)"
     raise UserError(f"no dataset at {directory}: {hint}")
+
+
+def _lerobot(directory: Path, layout: Layout) -> Source:
+    try:
+        from vla_jax.data.lerobot import LerobotSource
+    except ModuleNotFoundError as error:
+        raise UserError(f"LeRobot data need {error.name}: install it by pip install 'vla_jax[lerobot]'") from error
+    return LerobotSource(directory, layout)
 
 
 def _begin(draft: Path, origin: dict[str, Any]) -> None:

@@ -113,5 +113,5 @@ def find_layout(name: str) -> tuple[Layout, EpisodeFunction | None]:
     if name.endswith(".py"):
         return load_robot(Path(name))
     raise UserError(
-        f"unknown layout {name!r}{suggest(name, LAYOUTS)}: give one of {', '.join(LAYOUTS)}, or a Python file"
+        f"unknown layout {name!r}{suggest(name, LAYOUTS)}; give one of {', '.join(LAYOUTS)}, or a Python file"
     )

@@ -318,7 +318,7 @@ def open_rlds(directory: str | Path) -> RldsDataset:
     if missing := [key for key in ("interface", "facts", "episode_lengths", "digest") if key not in metadata]:
         raise UserError(
             f"the dataset at {directory} does not say its {', '.join(missing)} in metadata.json: "
-            "write it with vla_jax.data.rlds.write_rlds, which records names and units"
+            "convert it with python -m experiments.convert, which records names and units"
         )
     if absent := [path.name for path in shards if not path.is_file()]:
         raise UserError(

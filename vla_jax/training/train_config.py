@@ -13,11 +13,12 @@ from vla_jax.training.augment import AugmentConfig
 from vla_jax.training.mesh import MeshConfig
 from vla_jax.training.optimizer import OptimizerConfig
 
-# What may change when a run is resumed, because no weight depends on it (`steps` moves the end of the schedule).
+# What may change when a run is resumed, because no weight depends on it (`steps` moves the end of the schedule), or
+# because the data say themselves whether they are the same (`data.directory`, `data.mixture`).
 FREE_ON_RESUME = (
     "steps", "arm", "eval.", "log_every", "validate_every", "validation_batches", "eval_every", "checkpoint_every",
-    "keep_checkpoints", "data.directory", "data.threads", "data.workers", "data.prefetch", "data.cache_mb",
-    "pretrained.directory", "mesh.", "accumulate",
+    "keep_checkpoints", "data.directory", "data.mixture", "data.threads", "data.workers", "data.prefetch",
+    "data.cache_mb", "pretrained.directory", "mesh.", "accumulate",
 )  # fmt: skip
 
 

@@ -132,7 +132,9 @@ def _check_run_dir(run_dir: Path, config: TrainConfig, contract: Contract, resum
         return
     if not resume:
         raise UserError(f"{run_dir} is not empty: add --resume to go on with that run, or choose another --workdir")
-    Contract.load(run_dir / "contract.json").check(contract, f"the dataset at {config.data.directory}")
+    Contract.load(run_dir / "contract.json").check(
+        contract, f"the dataset at {config.data.directory or contract.dataset}"
+    )
     changed = {key: pair for key, pair in diff(load_config(run_dir), config).items() if must_match_on_resume(key)}
     if changed:
         listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
