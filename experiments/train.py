@@ -2,8 +2,8 @@
 
 python -m experiments.train --config=configs/train.py --config.data.directory=runs/data/… --workdir=runs/x [--resume]
 
-The same command, once a process, trains on several machines (docs/scaling.md): [--distributed], where SLURM, Open MPI or
-a Cloud TPU says who is who, or [--coordinator=HOST:PORT --processes=N --process=I].
+The same command, once a process, trains on several machines (docs/scaling.md): [--distributed], where SLURM, Open MPI
+or a Cloud TPU says who is who, or [--coordinator=HOST:PORT --processes=N --process=I].
 """
 
 from collections.abc import Sequence

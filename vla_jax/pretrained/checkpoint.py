@@ -22,9 +22,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from jaxtyping import Array
 
 from vla_jax.errors import UserError
-from vla_jax.nn.placement import partition
 from vla_jax.models.vlm import VLM
 from vla_jax.nn.flat import FlatArrays, flatten, unflatten
+from vla_jax.nn.placement import partition
 from vla_jax.pretrained.configs import from_json, read_json, to_json
 from vla_jax.pretrained.safetensors import Pending, Tensor, read_header, write_file
 from vla_jax.pretrained.tables import FAMILIES, Row, to_ours, to_theirs
