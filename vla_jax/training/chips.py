@@ -29,21 +29,23 @@ _NO_TPU = {
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """memory: bytes that a program may use. flops: bfloat16 operations a second. link: bytes a second between chips,
-    all links together, one way."""
+    all links together, one way; between GPUs of a node. network: the same between nodes, for a GPU."""
 
     memory: float
     flops: float
     link: float
+    network: float = 0.0
 
 
 CHIPS = {
     "v5e": Chip(15.75 * GIB, 197e12, 200e9),
     "v5p": Chip(95.74 * GIB, 459e12, 600e9),
     "v6e": Chip(31.25 * GIB, 918e12, 448e9),
-    # eight in a node; between nodes, InfiniBand at 50e9 bytes a second a GPU
-    "H100": Chip(0.9 * 80e9, 989e12, 450e9),
-    "H200": Chip(0.9 * 141e9, 989e12, 450e9),
+    # NVLink, and an InfiniBand port of 400 Gbit/s for each
+    "H100": Chip(0.9 * 80e9, 989e12, 450e9, 50e9),
+    "H200": Chip(0.9 * 141e9, 989e12, 450e9, 50e9),
 }
+NODE = 8  # GPUs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,11 @@ class Topology:
     def chip(self) -> Chip:
         """One of them."""
         return CHIPS[self.kind]
+
+    @property
+    def link(self) -> float:
+        """Bytes a second between chips, one way, on the slowest way."""
+        return self.chip.network if self.chip.network and self.count > NODE else self.chip.link
 
     def devices(self) -> list[Any]:
         """Descriptions of all chips, to compile for. Raises UserError where the TPU compiler is missing."""

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from vla_jax.errors import UserError
 from vla_jax.models.normalizer import DataFacts
@@ -54,7 +55,7 @@ class Plan:
     """What a run needs of its chips.
 
     shape: of the mesh. flops: of a step on all chips, without what is computed twice to save memory; done: with it.
-    traffic: collectives of a step by kind; None where nothing is compiled.
+    traffic: collectives of a step by kind; None where the compiler gave up.
     """
 
     config: TrainConfig
@@ -77,7 +78,7 @@ class Plan:
     @property
     def moving(self) -> float:
         """Seconds that the links are busy in a step, at their full speed; 0 where nothing is known."""
-        return sum(part.size for part in self.traffic.values()) / self.topology.chip.link if self.traffic else 0.0
+        return sum(part.size for part in self.traffic.values()) / self.topology.link if self.traffic else 0.0
 
 
 def make_plan(config: TrainConfig, facts: DataFacts, topology: Topology, costs: bool = True) -> Plan:
@@ -99,7 +100,7 @@ def make_plan(config: TrainConfig, facts: DataFacts, topology: Topology, costs: 
     if topology.name:
         rest, traffic = _compile(traced, held, costs)
     else:
-        rest = _estimate(program, config, facts, shape)
+        rest, traffic = _estimate(program, config, facts, shape), _expected_traffic(program, config, shape)
     flops = done = 0.0
     if costs:
         done = count_flops(traced.jaxpr)
@@ -165,6 +166,22 @@ def _estimate(program: Program, config: TrainConfig, facts: DataFacts, shape: tu
     return gradients + kept_bytes(traced)
 
 
+def _expected_traffic(program: Program, config: TrainConfig, shape: tuple[int, int, int]) -> dict[str, Traffic]:
+    """What has to move: with `fsdp`, weights are gathered for the forward and for the backward pass of every part, and
+    gradients are summed to where they lie; over `data`, they are summed again. That of `tensor` is left out."""
+    data, fsdp, tensor = shape
+    weights = (
+        sum(leaf.size for leaf in program.shapes.params.values()) * jnp.dtype(config.policy.dtype).itemsize / tensor
+    )
+    moved = {}
+    if fsdp > 1:
+        moved["all-gather"] = Traffic(2 * config.accumulate, 2 * config.accumulate * weights)
+        moved["reduce-scatter"] = Traffic(config.accumulate, config.accumulate * weights)
+    if data > 1:
+        moved["all-reduce"] = Traffic(1, weights / fsdp)
+    return moved
+
+
 def _model_flops(config: TrainConfig, facts: DataFacts, mesh: Any) -> float:
     """Operations of a step that computes nothing twice."""
     plain = dataclasses.replace(with_remat(config, "none"), accumulate=1)
@@ -228,8 +245,8 @@ def report(plan: Plan, mfu: float) -> str:
     lines.append(f"{verdict}: a chip has {in_units(chip.memory)} for programs")
     if not plan.fits:
         return "\n".join(lines)
-    if plan.traffic is not None:
-        lines.append("collectives a step, on each chip:")
+    if plan.traffic:
+        lines.append("collectives a step, on each chip:" if memory.exact else "collectives a step, at least:")
         for kind, part in sorted(plan.traffic.items(), key=lambda item: -item[1].size):
             lines.append(f"  {kind:<20}{part.count:>7} x  {in_units(part.size):>12}")
     seconds = max(plan.computing(mfu), plan.moving)
