@@ -47,12 +47,14 @@ def losses(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data", "fsdp", "mixed"])
 def test_every_mesh_trains_what_one_device_trains(losses, mesh):
     assert np.ptp([line[0] for line in losses["one"]]) > 0.05  # the steps do something
     np.testing.assert_allclose(losses[mesh], losses["one"], rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_four_parts_of_a_batch_are_the_whole_batch(losses):
     """The parts have unequal numbers of samples that carry a term, and every sample keeps its noise and dropout."""
     np.testing.assert_allclose(losses["accumulated"], losses["one"], rtol=2e-5, atol=1e-6)
