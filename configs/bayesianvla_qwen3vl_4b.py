@@ -8,6 +8,8 @@ Its model sets the sizes, so the 2B and 8B models work too. ARM is one of config
 attends to every trunk token. MODE is what is trained: full, frozen (no vision tower, no words) or lora. Pictures of 224
 pixels make 49 tokens a view.
 
+Before a launch, `python -m experiments.plan --config=… --topology=v5e:16x16` says whether it fits (docs/scaling.md).
+
 Settings are those of arXiv 2601.15197 and, where it is silent, of the code it was made with: AdamW with 1e-5 for the
 model and its queries and 1e-4 for the expert, 50 000 steps of 128 samples, four noise draws a sample.
 """
@@ -74,4 +76,5 @@ def settings(model: str, argument: str, more: dict) -> ConfigDict:
         **MODES[mode],
     }
     config.update({"eval_every": 5000, "checkpoint_every": 2500})
+    config.mesh = {"data": 1, "fsdp": 0}  # weights and optimiser split over all devices
     return config

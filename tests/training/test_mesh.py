@@ -1,50 +1,156 @@
-"""Several devices train the same policy as one."""
+"""The mesh of a run: every parameter has its place; every mesh, also over processes, trains what one device does."""
 
 import dataclasses
+import json
 import os
+import re
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
-from vla_jax.config import to_json
+from configs import bayesianvla_paligemma, bayesianvla_qwen3vl_4b, train
+from vla_jax.config import resolve
 from vla_jax.errors import UserError
+from vla_jax.models.normalizer import DataFacts
+from vla_jax.models.policy import Policy
+from vla_jax.nn.placement import AXES, partition
 from vla_jax.training.checkpoints import load_policy
-from vla_jax.training.mesh import check_batch_size, make_mesh
+from vla_jax.training.mesh import MeshConfig, check_batch_size, describe, state_shardings
 from vla_jax.training.metrics import read_metrics
-from vla_jax.training.trainer import train
-
-CODE = """
-import sys, jax
-from vla_jax.config import from_json
+from vla_jax.training.program import make_program
+from vla_jax.training.state import abstract
 from vla_jax.training.train_config import TrainConfig
-from vla_jax.training.trainer import train
-assert jax.device_count() == 2
-train(from_json(TrainConfig, sys.argv[1]), sys.argv[2])
-"""
+from vla_jax.training.trainer import train as run
+
+ROOT = Path(__file__).parents[2]
+FACTS = DataFacts(1000, 24, 224, (-1.0,) * 7, (1.0,) * 7, (-1.0,) * 8, (1.0,) * 8)
+LARGE = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory):
+    """{mesh: a line of numbers for each step}; see meshes.py."""
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "tests/training/meshes.py", str(tmp_path_factory.mktemp("meshes"))]
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    done = subprocess.run(
+        command, cwd=ROOT, env={**environment, "PYTHONPATH": path}, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
-def test_two_devices_learn_what_one_learns(config, tmp_path):
-    # A large epsilon: where the gradient is zero, Adam would otherwise blow rounding up to whole steps.
-    optimizer = dataclasses.replace(config.optimizer, epsilon=1e-2)
-    config = dataclasses.replace(config, optimizer=optimizer, steps=4, checkpoint_every=4)
-    one = train(config, tmp_path / "one")
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    command = [sys.executable, "-c", CODE, to_json(config), str(tmp_path / "two")]
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
-    for ours, theirs in zip(read_metrics(one), read_metrics(tmp_path / "two"), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-    # What two devices saved is loaded on one.
-    policies = [load_policy(run)[0] for run in (one, tmp_path / "two")]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *policies)
+@pytest.mark.parametrize("mesh", ["data", "fsdp", "mixed"])
+def test_every_mesh_trains_what_one_device_trains(losses, mesh):
+    assert np.ptp([line[0] for line in losses["one"]]) > 0.05  # the steps do something
+    np.testing.assert_allclose(losses[mesh], losses["one"], rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_four_parts_of_a_batch_are_the_whole_batch(losses):
+    """The parts have unequal numbers of samples that carry a term, and every sample keeps its noise and dropout."""
+    np.testing.assert_allclose(losses["accumulated"], losses["one"], rtol=2e-5, atol=1e-6)
+
+
+def policies():
+    configs = [
+        bayesianvla_qwen3vl_4b.get_config(),
+        bayesianvla_qwen3vl_4b.get_config("qwen_groot,lora"),
+        bayesianvla_paligemma.get_config(),
+        train.get_config("information"),
+    ]
+    resolved = [resolve(TrainConfig, config).policy for config in configs]
+    keypoints = dataclasses.replace(resolved[-1], encoder="keypoints", tied=False)
+    return dict(zip(("qwen", "qwen_lora", "paligemma", "small", "keypoints"), (*resolved, keypoints), strict=True))
+
+
+@pytest.mark.parametrize("name", ["qwen", "qwen_lora", "paligemma", "small", "keypoints"])
+def test_every_parameter_has_a_place(name):
+    policy = policies()[name]
+    _, params, constants = abstract(lambda rngs: Policy(policy, FACTS, rngs))
+    mesh = AbstractMesh((2, 64, 2), AXES)
+    for path, leaf in {**params, **constants}.items():
+        spec = partition(path, leaf.shape, mesh)
+        assert len(spec) == leaf.ndim
+        if leaf.size >= LARGE and name.startswith("qwen"):
+            assert "fsdp" in spec, f"{path} {leaf.shape} lies on every device"
+
+
+def test_a_parameter_without_a_place_is_an_error():
+    with pytest.raises(KeyError, match="no place for the parameter 'trunk/gate_of_a_new_kind'"):
+        partition("trunk/gate_of_a_new_kind", (4, 4), AbstractMesh((1, 2, 2), AXES))
+
+
+def test_axes_that_do_not_divide_are_left_out():
+    mesh = AbstractMesh((1, 4, 2), AXES)
+    assert tuple(partition("trunk/a/query/kernel", (3, 8, 6), mesh)) == (None, "fsdp", "tensor")
+    assert tuple(partition("trunk/a/query/kernel", (3, 6, 5), mesh)) == (None, None, None)
+
+
+def test_moments_and_averages_lie_where_their_parameters_do(config):
+    mesh = AbstractMesh((1, 4, 2), AXES)
+    program = make_program(
+        dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=8)), FACTS, mesh
+    )
+    path = "trunk/blocks/layers/attention/query/kernel"
+    places = [
+        leaf.spec
+        for where, leaf in jax.tree_util.tree_leaves_with_path(state_shardings(program.shapes, mesh))
+        if any(getattr(entry, "key", None) == path for entry in where)
+    ]
+    assert len(places) == 4 and set(map(tuple, places)) == {(None, "fsdp", "tensor")}  # itself, average, two moments
+    text = describe(program.shapes, program.shardings)
+    assert re.search(r"data=1 fsdp=4 tensor=2 \(8 devices\)", text) and "optimiser" in text and "fsdpxtensor" in text
+
+
+def test_shapes_of_a_mesh():
+    assert MeshConfig().shape(8) == (8, 1, 1)
+    assert MeshConfig(data=1, fsdp=0, tensor=2).shape(8) == (1, 4, 2)
+    with pytest.raises(UserError, match="data=3 x fsdp=1 x tensor=1 does not fit 8 devices"):
+        MeshConfig(data=3).shape(8)
+    with pytest.raises(UserError, match="only one may be 0"):
+        MeshConfig(data=0, fsdp=0)
 
 
 def test_a_batch_must_be_divisible():
-    mesh = make_mesh()
-    check_batch_size(4 * mesh.devices.size, mesh)
-    pair = jax.sharding.Mesh(np.array([jax.devices()[0]] * 2), ("data",))
-    with pytest.raises(UserError, match="batch_size 3 cannot be divided among 2 devices"):
-        check_batch_size(3, pair)
+    mesh = AbstractMesh((2, 2, 2), AXES)
+    check_batch_size("data.batch_size", 8, mesh, 2)
+    with pytest.raises(UserError, match="batch_size 6 cannot be divided among 4 devices .* multiple of 4"):
+        check_batch_size("data.batch_size", 6, mesh)
+    with pytest.raises(UserError, match="in 4 parts: make it a multiple of 16"):
+        check_batch_size("data.batch_size", 8, mesh, 4)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(config, start, tmp_path):
+    optimizer = dataclasses.replace(config.optimizer, epsilon=1e-2)  # see meshes.py
+    config = dataclasses.replace(config, optimizer=optimizer, steps=5, checkpoint_every=5)
+    one = run(config, tmp_path / "one")
+    where = f"--coordinator=localhost:{free_port()}"
+    split = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=0))
+    flags = ("--processes=2", where, f"--workdir={tmp_path / 'two'}")
+    processes = [start(split, *flags, f"--process={index}") for index in range(2)]
+    outputs = [process.communicate(timeout=550) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "mesh: data=1 fsdp=2" in outputs[0][0] and outputs[1][0] == ""  # only the first one prints
+    ours, theirs = read_metrics(one), read_metrics(tmp_path / "two")
+    assert [line["step"] for line in theirs] == [line["step"] for line in ours]
+    for name in ("loss", "terms/fm_posterior", "terms/llr"):
+        np.testing.assert_allclose([line[name] for line in theirs], [line[name] for line in ours], rtol=1e-4, atol=1e-6)
+    # What two processes saved is loaded by one.
+    policies = [load_policy(path)[0] for path in (one, tmp_path / "two")]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *policies)

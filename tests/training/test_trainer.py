@@ -103,6 +103,29 @@ def test_a_used_directory_is_never_overwritten(config, copy):
         train(config, copy.parent / "foreign", resume=True)
 
 
+def test_settings_of_earlier_versions_are_read(config, copy):
+    path = copy / "config.json"
+    saved = json.loads(path.read_text())
+    saved["policy"]["trunk"]["remat"], saved["policy"]["expert"]["remat"] = True, False
+    path.write_text(json.dumps(saved))
+    policy = load_policy(copy)[2].policy
+    assert (policy.trunk.remat, policy.expert.remat) == ("all", "none")
+    saved["policy"]["trunk"]["depht"] = 3
+    path.write_text(json.dumps(saved))
+    with pytest.raises(UserError, match=f"{path} was written by another version .* did you mean 'policy.trunk.depth'"):
+        load_policy(copy)
+
+
+def test_going_on_does_not_need_the_run_it_started_from(config, copy, tmp_path):
+    config = dataclasses.replace(config, init_from=str(copy), steps=2, checkpoint_every=2, validate_every=0)
+    started = train(config, tmp_path / "started")
+    shutil.rmtree(copy)
+    train(dataclasses.replace(config, steps=4), started, resume=True)
+    assert Checkpoints(started).steps[-1] == 4
+    with pytest.raises(UserError, match="no run directory"):
+        train(config, tmp_path / "new")
+
+
 def test_another_dataset_is_refused(config, copy, other_dataset):
     data = dataclasses.replace(config.data, directory=str(other_dataset))
     with pytest.raises(UserError, match=f"the dataset at {other_dataset} differs in .*fingerprint"):
@@ -161,11 +184,13 @@ def test_mistakes_are_found_before_anything_is_written(config, tmp_path):
     assert not target.exists()
 
 
-def wait_for_step(run_dir, step: int, process) -> None:
-    """Returns once the other process has logged `step`."""
+def wait_for_step(run_dir, step: int, process, since: float = 0.0) -> None:
+    """Returns once the other process has logged `step`, after the time `since`."""
     deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
-        if (run_dir / "metrics.jsonl").is_file() and any(line["step"] >= step for line in read_metrics(run_dir)):
+        if (run_dir / "metrics.jsonl").is_file() and any(
+            line["step"] >= step and line["time"] > since for line in read_metrics(run_dir)
+        ):
             return
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
@@ -191,13 +216,36 @@ def test_kill_in_the_middle_of_saving_leaves_a_whole_checkpoint(config, start, t
     assert Checkpoints(run_dir).steps[-1] == newest + 4
 
 
-def test_ctrl_c_saves_and_prints_the_command_that_goes_on(config, start, tmp_path):
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_twenty_kills_at_random_moments_leave_a_whole_checkpoint_each(config, start, tmp_path):
+    """Every step saves, so that many of the kills fall into a save."""
+    run_dir, random, newest, saving = tmp_path / "run", np.random.default_rng(0), 0, 0
+    config = dataclasses.replace(endless(config), checkpoint_every=1)
+    for attempt in range(20):
+        since = time.time()
+        process = start(config, f"--workdir={run_dir}", *(["--resume"] if newest else []))
+        wait_for_step(run_dir, max(3, newest + 1), process, since)
+        time.sleep(random.uniform(0, 1))
+        process.kill()
+        process.wait()
+        saving += any("tmp" in path.name for path in (run_dir / "checkpoints").iterdir())
+        logged, before = max(line["step"] for line in read_metrics(run_dir)), newest
+        newest = Checkpoints(run_dir).steps[-1]
+        assert before <= newest <= logged <= newest + 2, f"kill {attempt}"  # a save waits for the one before it
+        policy, _, _ = load_policy(run_dir)
+        assert np.isfinite(policy.words[...]).all()
+    assert saving >= 5
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_saves_and_prints_the_command_that_goes_on(config, start, tmp_path, number, status):
     run_dir = tmp_path / "run"
     process = start(endless(config), f"--workdir={run_dir}")
     wait_for_step(run_dir, 3, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output, errors = process.communicate(timeout=300)
-    assert process.returncode == 130, errors
+    assert process.returncode == status, errors
     assert "Traceback" not in errors
     newest = Checkpoints(run_dir).steps[-1]
     assert newest == max(line["step"] for line in read_metrics(run_dir))

@@ -36,9 +36,8 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"/attention/output/kernel$", ("heads", "width")),
     (r"/mlp/(gate|up)/kernel$", ("width", "hidden")),
     (r"/mlp/down/kernel$", ("hidden", "width")),
-    # their other axis is that of pixels, actions or the flow time, which is short or odd
-    (r"/(patch|action|action_in|state_in|time_in)/kernel$", (None, "width")),
-    (r"^vision/maps/kernel$", ()),  # a small convolution
+    # small: a convolution, and the first layers of actions and states
+    (r"^vision/maps/kernel$|/(action|action_in|state_in)/kernel$", ()),
     (r"/kernel$", ("width", None)),
     (r"(^|/)(position|queries|future|identity)$", (None, "width")),
     (r"/(bias|scale)$|^vision/view$|^normalizer/", ()),

@@ -8,6 +8,7 @@ run/checkpoints/<step>/             params, ema, constants: flat dictionaries of
 """
 
 import hashlib
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import jax
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from vla_jax.config import from_json
+from vla_jax.config import resolve
 from vla_jax.data import tokenizer as tokenizers
 from vla_jax.data.contract import Contract
 from vla_jax.errors import UserError
@@ -141,9 +142,24 @@ def load_config(run_dir: str | Path) -> TrainConfig:
             raise UserError(f"{run_dir} is no run, but there are runs in it: give one of {', '.join(inside)}")
         raise UserError(f"no config.json in {run_dir}: the run directory is incomplete")
     try:
-        return from_json(TrainConfig, path.read_text())
+        saved = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is not JSON: restore it from the run that wrote it") from error
+    try:
+        return resolve(TrainConfig, _in_todays_words(saved))
+    except UserError as error:
+        raise UserError(f"{path} was written by another version of vla_jax: {error}") from error
+
+
+def _in_todays_words(saved: Any) -> Any:
+    """Settings of earlier versions: whether layers are computed again (`remat`) was yes or no."""
+    if not isinstance(saved, dict):
+        return saved
+    yes_or_no = {True: "all", False: "none"}
+    return {
+        key: yes_or_no[value] if key == "remat" and isinstance(value, bool) else _in_todays_words(value)
+        for key, value in saved.items()
+    }
 
 
 def policy_maker(config: TrainConfig, contract: Contract):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -17,11 +18,12 @@ from vla_jax.losses.objective import objective
 from vla_jax.models.normalizer import DataFacts
 from vla_jax.models.policy import Policy
 from vla_jax.nn.flat import FlatArrays
+from vla_jax.nn.placement import batch_sharding
 from vla_jax.training.augment import augmented
 from vla_jax.training.mesh import check_batch_size, state_shardings, with_shardings
 from vla_jax.training.optimizer import make_optimizer, make_schedule
 from vla_jax.training.state import Beginning, TrainState, abstract
-from vla_jax.training.step import make_step, make_validation
+from vla_jax.training.step import Objective, make_step, make_validation
 from vla_jax.training.train_config import TrainConfig
 
 
@@ -32,6 +34,7 @@ class Program:
     graphdef: nnx.GraphDef
     beginning: Beginning
     shapes: TrainState
+    loss: Objective
     step: Callable[[TrainState, dict[str, Any]], tuple[TrainState, dict[str, Any]]]
     validate: Callable[[TrainState, dict[str, Any], Any], dict[str, Any]]
 
@@ -73,7 +76,38 @@ def make_program(config: TrainConfig, facts: DataFacts, mesh: Mesh) -> Program:
         shardings=shardings,
     )
     validate = make_validation(graphdef, loss, shardings)
-    return Program(graphdef, beginning, with_shardings(shapes, shardings), step, validate)
+    return Program(graphdef, beginning, with_shardings(shapes, shardings), loss, step, validate)
+
+
+def batch_shapes(config: TrainConfig, facts: DataFacts, mesh: Mesh | None = None, share: int = 1) -> dict[str, Any]:
+    """The shapes of a batch, each with its place where there is a mesh. share: of a batch that is cut in so many."""
+    place = None if mesh is None else batch_sharding(mesh)
+
+    def shapes(size: int, parts: dict[str, tuple[tuple[int, ...], type]]) -> dict[str, Any]:
+        rows = size // share
+        return {
+            name: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=place) for name, (shape, dtype) in parts.items()
+        }
+
+    def seen(size: int) -> dict[str, Any]:
+        words = ((facts.max_tokens,), np.int32), ((facts.max_tokens,), np.bool_)
+        picture = ((facts.image_size, facts.image_size, 3), np.uint8)
+        images = shapes(size, dict.fromkeys(config.policy.views, picture))
+        return {"images": images, **shapes(size, dict(zip(("tokens", "token_mask"), words, strict=True)))}
+
+    batch: dict[str, Any] = {}
+    if config.loss.demonstrations:
+        chunk, size = config.policy.chunk, config.data.batch_size
+        parts = {
+            "state": ((len(facts.state_low),), np.float32),
+            "actions": ((chunk, len(facts.action_low)), np.float32),
+            "action_mask": ((chunk,), np.bool_),
+            "row": ((), np.int32),
+        }
+        batch = {**seen(size), **shapes(size, parts)}
+    if size := config.questions.batch_size:
+        batch["questions"] = {**seen(size), **shapes(size, {"answer_mask": ((facts.max_tokens,), np.bool_)})}
+    return batch
 
 
 def _policy(config: TrainConfig, facts: DataFacts, rngs: nnx.Rngs) -> Policy:

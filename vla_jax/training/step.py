@@ -55,6 +55,8 @@ def make_step(
             loss, terms, gate_state, gradient = accumulated(
                 loss_of, state.params, parts_of(batch, accumulate), state.gate_state
             )
+        if shardings is not None:  # summed to where the parameters lie, not to every device
+            gradient = lax.with_sharding_constraint(gradient, shardings.params)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         count = state.step + 1
