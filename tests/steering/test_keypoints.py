@@ -23,7 +23,7 @@ from vla_jax.steering.keypoints import (
     propose,
     resize,
 )
-from vla_jax.steering.perceive import Attached, body_label, disturb, join, perceive, track
+from vla_jax.steering.perceive import Attached, body_label, disturb, frames, join, perceive, track
 
 
 def test_clusters_that_stand_apart_are_found():
@@ -125,7 +125,7 @@ def test_every_object_of_a_simulated_scene_is_found(table):
 def test_keypoints_ride_on_their_objects(table):
     state, found = table
     attached = join(found)
-    before = track(attached, state)
+    before = track(attached, frames(state))
     for row, one in enumerate(found):
         np.testing.assert_allclose(before[row, : len(one.keypoints.labels)], one.keypoints.position, atol=1e-5)
     turn = jnp.array([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]])
@@ -135,7 +135,7 @@ def test_keypoints_ride_on_their_objects(table):
         object_position=bodies.object_position + jnp.array([0.1, 0, 0]),
         object_rotation=turn @ bodies.object_rotation,
     )
-    after = track(attached, dataclasses.replace(state, bodies=moved))
+    after = track(attached, frames(dataclasses.replace(state, bodies=moved)))
     pick = jax.vmap(lambda leaf, index: leaf[index])
     centre = pick(bodies.object_position, attached.body)
     np.testing.assert_allclose(after, centre + (before - centre) @ turn.T + jnp.array([0.1, 0, 0]), atol=1e-5)

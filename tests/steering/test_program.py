@@ -130,11 +130,12 @@ def test_good_programs_pass():
     check(parse(program(*EXAMPLES), LABELS), VIEW, KEY)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Broken(Term):
     """A term that fails in a chosen way."""
 
-    how: str
+    how: str = dataclasses.field(metadata={"static": True})
     name = "broken"
 
     def __call__(self, view, path):

@@ -8,16 +8,14 @@ Axes: K keypoints, T poses of a path, N random paths.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vla_jax.errors import UserError
-from vla_jax.steering.program import Program, place
-from vla_jax.steering.terms import View
+from vla_jax.steering.program import Program, Stage, place
+from vla_jax.steering.terms import Term, View
 
 PATHS = 32
 POSES = 9
@@ -42,9 +40,9 @@ def check(program: Program, view: View, key: PRNGKeyArray) -> None:
     paths = random_paths(view, key)
     for number, stage in enumerate(program.stages, 1):
         for index, term in enumerate(stage.terms, 1):
-            _prove(lambda path, term=term: term(view, path), paths, place(number, stage.name, index, term.name))
+            _prove(term, view, paths, place(number, stage.name, index, term.name))
         if len(stage.terms) > 1:
-            _prove(lambda path, n=number: program.reward(view, path, n - 1), paths, place(number, stage.name))
+            _prove(stage, view, paths, place(number, stage.name))
 
 
 def random_paths(view: View, key: PRNGKeyArray) -> Float[Array, "N T 3"]:
@@ -55,10 +53,11 @@ def random_paths(view: View, key: PRNGKeyArray) -> Float[Array, "N T 3"]:
     return start + STRIDE * jnp.cumsum(jax.random.normal(walk, (PATHS, POSES, 3)), 1)
 
 
-def _prove(reward: Callable, paths: Float[Array, "N T 3"], where: str) -> None:
-    value, gradient, risen = jax.device_get(_climb(reward, paths))
-    if value.ndim != 1:
-        raise UserError(f"{where} is not one number a path but has shape {value.shape[1:]}")
+def _prove(part: Term | Stage, view: View, paths: Float[Array, "N T 3"], where: str) -> None:
+    shape = jax.eval_shape(part, view, paths[0]).shape
+    if shape:
+        raise UserError(f"{where} is not one number a path but has shape {shape}")
+    value, gradient, risen = jax.device_get(_climb(part, view, paths))
     if not np.isfinite(value).all():
         raise UserError(f"{where} is not finite on every path")
     if np.ptp(value) <= 1e-6 * max(np.abs(value).max(), 1e-6):
@@ -72,19 +71,17 @@ def _prove(reward: Callable, paths: Float[Array, "N T 3"], where: str) -> None:
         raise UserError(f"{where} does not rise along its own gradient")
 
 
-def _climb(reward, paths):
+@jax.jit
+def _climb(part, view, paths):
     """The reward of each path, its gradient, and the reward after CLIMBS steps along it."""
 
     def one(path):
-        value, gradient = jax.value_and_grad(reward)(path)
+        value, gradient = jax.value_and_grad(lambda path: part(view, path))(path)
 
         def step(path, _):
-            slope = jax.grad(reward)(path)
+            slope = jax.grad(lambda path: part(view, path))(path)
             return path + CLIMB * slope / (jnp.abs(slope).max() + 1e-12), None
 
-        return value, gradient, reward(jax.lax.scan(step, path, None, CLIMBS)[0])
+        return value, gradient, part(view, jax.lax.scan(step, path, None, CLIMBS)[0])
 
-    shape = jax.eval_shape(reward, paths[0]).shape
-    if shape:
-        return jax.vmap(reward)(paths), paths, paths
-    return jax.jit(jax.vmap(one))(paths)
+    return jax.vmap(one)(paths)

@@ -9,6 +9,7 @@ Axes: B scenes, K keypoints, N object slots, Z zones, M = N + Z bodies.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,11 +92,34 @@ def join(found: list[Perceived]) -> Attached:
     return jax.tree.map(lambda *leaves: np.stack([fill(leaf) for leaf in leaves]), *[one.attached for one in found])
 
 
-def track(attached: Attached, state: EnvState) -> Float[Array, "B K 3"]:
+Frames = tuple[Float[Array, "*B M 3"], Float[Array, "*B M 3 3"]]
+"""Origin and rotation of every body; rotations map the body's axes to the world's."""
+
+
+def frames(state: EnvState) -> Frames:
+    """Of the objects, then of the zones."""
+    zone = jnp.pad(state.scene.zone_position, ((0, 0), (0, 0), (0, 1)))
+    still = jnp.broadcast_to(jnp.eye(3), (*zone.shape, 3))
+    origin = jnp.concatenate([state.bodies.object_position, zone], 1)
+    return origin, jnp.concatenate([state.bodies.object_rotation, still], 1)
+
+
+def track(attached: Attached, where: Frames) -> Float[Array, "B K 3"]:
     """Where the keypoints are now (metres)."""
-    origin, rotation = _bodies(state)
+    origin, rotation = where
     pick = jax.vmap(lambda leaf, index: leaf[index])
     return pick(origin, attached.body) + jnp.einsum("bkij,bkj->bki", pick(rotation, attached.body), attached.local)
+
+
+class Watched:
+    """A table that also tells where its bodies are: `observe` has "frames"."""
+
+    def __init__(self, env: Tabletop):
+        self.reset, self.step, self._env = env.reset, env.step, env
+
+    def observe(self, state: EnvState) -> dict[str, Any]:
+        """The observation, and the frames of all bodies."""
+        return {**self._env.observe(state), "frames": frames(state)}
 
 
 def disturb(attached: Attached, deviation: float, key: PRNGKeyArray) -> Attached:
@@ -108,14 +132,7 @@ def disturb(attached: Attached, deviation: float, key: PRNGKeyArray) -> Attached
 def _look(env: Tabletop, state: EnvState, size: int):
     """The front picture, its camera, and the frames of all bodies."""
     camera = jax.tree.map(lambda leaf: leaf[:, 0], cameras_of(env.model, state.bodies, state.scene))
-    return observe_pictures(env.model, state.bodies, state.scene, size)["front"], camera, *_bodies(state)
-
-
-def _bodies(state: EnvState) -> tuple[Float[Array, "B M 3"], Float[Array, "B M 3 3"]]:
-    zone = jnp.pad(state.scene.zone_position, ((0, 0), (0, 0), (0, 1)))
-    still = jnp.broadcast_to(jnp.eye(3), (*zone.shape, 3))
-    origin = jnp.concatenate([state.bodies.object_position, zone], 1)
-    return origin, jnp.concatenate([state.bodies.object_rotation, still], 1)
+    return observe_pictures(env.model, state.bodies, state.scene, size)["front"], camera, *frames(state)
 
 
 def _names(env: Tabletop, scene: Scene) -> dict[int, tuple[int, str]]:

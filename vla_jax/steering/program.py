@@ -35,6 +35,10 @@ class Stage:
     name: str = dataclasses.field(metadata={"static": True})
     terms: tuple[Term, ...]
 
+    def __call__(self, view: View, path: Float[Array, "T 3"]) -> Float[Array, ""]:
+        """The sum of the terms."""
+        return jnp.stack([term(view, path) for term in self.terms]).sum()
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +49,7 @@ class Program:
 
     def reward(self, view: View, path: Float[Array, "T 3"], stage: Int[Array, ""]) -> Float[Array, ""]:
         """The reward of a path in a stage: metres squared, negative, 0 where all terms are satisfied."""
-        rewards = [jnp.stack([term(view, path) for term in part.terms]).sum() for part in self.stages]
-        return jnp.stack(rewards)[stage]
+        return jnp.stack([part(view, path) for part in self.stages])[stage]
 
     def to_json(self) -> str:
         """Inverse of `parse`."""
