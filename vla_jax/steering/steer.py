@@ -145,7 +145,7 @@ class Decoder:
 
     def path(self, actions: Float[Array, "*B C A"], tcp: Float[Array, " 3"]) -> Float[Array, "*B T 3"]:
         """Poses (metres) if each action (SI) is obeyed: the present one, then one after each action."""
-        moved = jnp.cumsum(actions[..., jnp.array(self.moves)], -2)
+        moved = jnp.cumsum(actions[..., np.array(self.moves)], -2)
         return tcp + jnp.concatenate([jnp.zeros_like(moved[..., :1, :]), moved], -2)
 
     def closed(self, actions: Float[Array, "C A"], high: Float[Array, " A"]) -> Array:
@@ -175,7 +175,7 @@ def act(
     own = jax.tree.map(lambda leaf: leaf[0], memory)
     now = track(memory.attached, observation["frames"])[0]
     view = View(now, jnp.where(own.chunks == 0, now, own.origin))
-    tcp = observation["state"][0, jnp.array(decoder.place)]
+    tcp = jnp.asarray(observation["state"])[0, np.array(decoder.place)]
     executed = policy.normalizer.denormalize_action(own.previous)[:execute]
     closed = jnp.where(
         own.chunks == 0, False, decoder.closed(executed, jnp.asarray(policy.facts.action_high, jnp.float32))
