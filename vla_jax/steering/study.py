@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from vla_jax.data.contract import Contract
 from vla_jax.envs.env import Tabletop
@@ -90,6 +90,11 @@ class Written:
 
     programs: list[Program | None]
     failures: list[str]
+
+    def complete(self) -> list[Program]:
+        """With another scene's program where there is none, so that the scene can be run; it counts as a failure."""
+        spare = next(program for program in self.programs if program is not None)
+        return [program or spare for program in self.programs]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,16 +192,11 @@ class SteerStudy:
         began = time.perf_counter()
         prepared, config = self.prepare(shift), self.config
         written = prepared.wrong if arm == "wrong_target" else prepared.target
-        spare = next(program for program in written.programs if program is not None)
-        programs = [program or spare for program in written.programs]
-        attached = join(prepared.found)
-        if config.pose_noise:
-            attached = jax.device_get(disturb(attached, config.pose_noise, jax.random.key(config.seed)))
         outcomes: dict[int, Outcome] = {}
+        programs = written.complete()
         for group in by_structure(programs):
-            memory = remember_nothing(stack([programs[row] for row in group]), take_rows(attached, group), self.policy)
-            memory = dataclasses.replace(memory, scene=group.astype(np.int32))
-            outcomes |= self._run_group(take_rows(prepared.trials, group), memory, arm, shift)
+            trials, memory = self._episodes(prepared, programs, group)
+            outcomes |= self._run_group(trials, memory, arm, shift)
         outcome = jax.tree.map(lambda *leaves: np.stack(leaves), *(outcomes[row] for row in range(config.scenes)))
         columns = make_columns(prepared.trials, outcome, prepared.texts)
         failures = [""] * config.scenes if arm == "base" else written.failures
@@ -205,14 +205,34 @@ class SteerStudy:
         columns["at_other"] = (np.asarray(outcome.nearest) == prepared.other).tolist()
         return {"shift": shift, "arm": arm, "seconds": round(time.perf_counter() - began, 1), **columns}
 
+    def watch(self, shift: str, arm: str, scene: int) -> Float[np.ndarray, "T 3"]:
+        """The way of the tool point (metres) in one scene, up to the end of its episode."""
+        prepared = self.prepare(shift)
+        written = prepared.wrong if arm == "wrong_target" else prepared.target
+        rows = np.array([scene])
+        trials, memory = self._episodes(prepared, written.complete(), rows)
+        run, _ = self._runner(shift, 1 if arm in SINGLE else self.config.steer.particles, record=True)
+        outcome, path, _ = jax.device_get(run(self._weights, trials, memory, self._strengths(arm)))
+        return path[0, : outcome.ticks[0]]
+
+    def _episodes(self, prepared: Prepared, programs: list[Program], rows) -> tuple[Trials, Memory]:
+        """Scenes that are about to begin, whose programs have one structure."""
+        attached = join(prepared.found)
+        if self.config.pose_noise:
+            attached = jax.device_get(disturb(attached, self.config.pose_noise, jax.random.key(self.config.seed)))
+        memory = remember_nothing(stack([programs[row] for row in rows]), take_rows(attached, rows), self.policy)
+        return take_rows(prepared.trials, rows), dataclasses.replace(memory, scene=rows.astype(np.int32))
+
+    def _strengths(self, arm: str) -> Arm:
+        return jax.tree.map(np.float32, self.config.arm(arm))
+
     def _run_group(self, trials: Trials, memory: Memory, arm: str, shift: str) -> dict[int, Outcome]:
         """The outcomes, by scene number, of scenes whose programs share a structure."""
         run, switcher = self._runner(shift, 1 if arm in SINGLE else self.config.steer.particles)
-        strengths = jax.tree.map(np.float32, self.config.arm(arm))
         outcomes: dict[int, Outcome] = {}
         for rows, count in batches(len(trials.index), self.config.batch):
             some, own = take_rows(trials, rows), take_rows(memory, rows)
-            outcome, after = jax.device_get(run(self._weights, some, own, strengths))
+            outcome, _, after = jax.device_get(run(self._weights, some, own, self._strengths(arm)))
             if switcher is not None:
                 switcher.raise_error()
             if not after.loop.finite.all():
@@ -220,9 +240,9 @@ class SteerStudy:
             outcomes |= {int(some.index[row]): take_rows(outcome, row) for row in range(count)}
         return outcomes
 
-    def _runner(self, shift: str, particles: int) -> tuple[Callable, VlmSwitcher | None]:
+    def _runner(self, shift: str, particles: int, record: bool = False) -> tuple[Callable, VlmSwitcher | None]:
         """The compiled rollout for a number of particles; with a model as switcher it knows the scenes of its shift."""
-        key = (particles, shift if self._switch_writer else "")
+        key = (particles, record, shift if self._switch_writer else "")
         if key not in self._runners:
             switcher = None
             if self._switch_writer:
@@ -231,20 +251,21 @@ class SteerStudy:
                 switcher = VlmSwitcher(self._switch_writer, prepared.texts, stages)
             steer = dataclasses.replace(self.config.steer, particles=particles)
             noise = jax.random.key(self.config.seed)
-            own = functools.partial(self._rollout, steer, switcher, noise)
+            own = functools.partial(self._rollout, steer, switcher, noise, record)
             self._runners[key] = jax.jit(own), switcher
         return self._runners[key]
 
-    def _rollout(self, steer: SteerConfig, switcher, noise, weights, trials: Trials, memory: Memory, arm: Arm):
+    def _rollout(self, steer: SteerConfig, switcher, noise, record, weights, trials: Trials, memory: Memory, arm: Arm):
         def steered(observation, tokens, token_mask, key, memory):
             policy, execute = nnx.merge(self._graph, weights), self.config.execute
             inputs = (observation, tokens, token_mask, key, memory, arm)
             return act(policy, self.decoder, steer, *inputs, execute=execute, switcher=switcher)
 
-        outcome, _, memory = rollout_with_memory(
-            Watched(self.env), steered, trials, memory, noise, execute=self.config.execute, ticks=self.env.max_ticks
+        times = {"execute": self.config.execute, "ticks": self.env.max_ticks}
+        outcome, seen, memory = rollout_with_memory(
+            Watched(self.env), steered, trials, memory, noise, record=record, **times
         )
-        return outcome, memory
+        return outcome, seen.path if record else None, memory
 
 
 def batches(count: int, batch: int) -> Iterator[tuple[Int[np.ndarray, " B"], int]]:
