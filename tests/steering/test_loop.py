@@ -30,7 +30,10 @@ def at(distance, side=0.0):
     return jnp.array([0.5 - distance, side, 0.0])
 
 
-def walk(program, distances, config=LoopConfig(), closed=None):  # noqa: B008
+RELEASED = LoopConfig(offset=0.75, high=0.8, low=0.6)
+
+
+def walk(program, distances, config=RELEASED, closed=None):
     """The states at every look, the hand standing at these distances from the first keypoint."""
     state, states = begin(), []
     for step, distance in enumerate(distances):
@@ -72,13 +75,13 @@ def test_a_rise_or_the_gripper_advances_the_stage():
     assert np.isclose(float(states[1].base), stage_two) and float(states[1].progress) == 0.0
     assert [int(s.stage) for s in walk(TWO, [0.2, 0.2, 0.2], closed=[False, True, True])] == [0, 1, 1]
     with pytest.raises(UserError, match="0 < low < high"):
-        LoopConfig(low=0.9)
+        LoopConfig(low=0.98)
     with pytest.raises(UserError, match="achieved, predicted"):
         LoopConfig(measure="hoped")
 
 
 def test_the_released_measure_judges_by_plans():
-    config = LoopConfig(measure="predicted")
+    config = dataclasses.replace(RELEASED, measure="predicted")
     first = look(config, begin(), ONE, VIEW, at(0.2), OPEN)
     planned = remember(config, first, jnp.float32(-0.01))
     assert float(planned.base) == np.float32(-0.01) and float(first.base) == 0.0

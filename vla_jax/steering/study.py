@@ -55,9 +55,9 @@ class SteerStudyConfig:
     arms: tuple[str, ...] = ARMS
     scenes: int = 300
     seed: int = 0
-    batch: int = 50
+    batch: int = 100
     execute: int = 4
-    guide: float = 10.0
+    guide: float = 20.0
     repel: float = 5.0
     pose_noise: float = 0.0
     engine: str = "auto"
