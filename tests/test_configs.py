@@ -10,6 +10,7 @@ from configs.train import ARMS
 from experiments import compare
 from experiments.compare import CompareConfig
 from experiments.evaluate import EvaluateConfig
+from experiments.steer import SteerRunConfig
 from experiments.study import StudyConfig
 from vla_jax.config import resolve
 from vla_jax.envs.collect import CollectConfig
@@ -28,11 +29,17 @@ from vla_jax.training.train_config import TrainConfig
         ("evaluate", EvaluateConfig),
         ("quickstart", CompareConfig),
         ("overnight", CompareConfig),
+        ("steer", SteerRunConfig),
         ("studies.language_following", StudyConfig),
     ],
 )
 def test_configs_resolve(name, schema):
     assert isinstance(resolve(schema, importlib.import_module(f"configs.{name}").get_config()), schema)
+
+
+def test_the_composed_config_chains_transforms_before_the_steering():
+    config = resolve(SteerRunConfig, importlib.import_module("configs.steer").get_config("composed"))
+    assert config.study.steer.extrapolate == 2.0 and config.study.steer.continued
 
 
 @pytest.mark.parametrize("arm", ARMS)

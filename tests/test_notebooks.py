@@ -15,6 +15,8 @@ from nbclient import NotebookClient
 
 from experiments.compare import CompareConfig, run
 from experiments.evaluate import main
+from experiments.steer import SteerRunConfig, WriterConfig
+from experiments.steer import run as steer
 from experiments.study import StudyConfig
 from experiments.study import run as study
 from vla_jax.analysis.imagine import Imagination, guidances
@@ -36,6 +38,8 @@ from vla_jax.models.policy import PolicyConfig
 from vla_jax.models.trunk import TrunkConfig
 from vla_jax.models.vision import VisionConfig
 from vla_jax.platform import setup_compilation_cache
+from vla_jax.steering.steer import SteerConfig
+from vla_jax.steering.study import SteerStudyConfig
 from vla_jax.training.checkpoints import load_policy
 from vla_jax.training.optimizer import OptimizerConfig
 from vla_jax.training.train_config import TrainConfig
@@ -269,6 +273,42 @@ def test_first_look_runs(runs, monkeypatch):
 def test_language_following_runs(kind, runs, token_run, monkeypatch):
     pictures, text = execute("language_following.ipynb", runs[1] if kind == "queries" else token_run, monkeypatch)
     assert pictures == 6 and "swapped" in text and "the look suggests" in text
+
+
+def test_steering_runs(runs, monkeypatch):
+    pictures, text = execute("steering.ipynb", runs[1], monkeypatch)
+    assert pictures == 1 and "keypoint on the" in text and '"term": "distance"' in text
+
+
+def test_steering_arms_are_kept_and_compared(runs, tmp_path, monkeypatch, capsys):
+    config = SteerRunConfig(
+        study=SteerStudyConfig(
+            shifts=("swapped",),
+            arms=("best_of_n", "full"),
+            scenes=3,
+            batch=2,
+            execute=2,
+            steer=SteerConfig(particles=2, steps=2),
+        ),
+        writer=WriterConfig(path=str(ROOT / "configs/steering/reach.json")),
+    )
+    rows = steer(config, [runs[1]], tmp_path)
+    assert [(row["arm"], row["trials"], row["without_program"]) for row in rows] == [
+        ("best_of_n", 3, 0),
+        ("full", 3, 0),
+    ]
+    assert set(rows[1]["against"]) == {"best_of_n"}
+    kept = json.loads((tmp_path / "results" / "full" / "swapped-full.json").read_text())
+    assert len(kept["success"]) == len(kept["at_other"]) == 3
+    assert json.loads((tmp_path / "results.json").read_text())["rows"] == rows
+    assert "| full | " in (tmp_path / "results.md").read_text() and "full swapped full: " in capsys.readouterr().out
+    monkeypatch.delattr("experiments.steer.SteerStudy")
+    assert steer(config, [runs[1]], tmp_path) == rows, "what is finished is not run again"
+    other = dataclasses.replace(config, study=dataclasses.replace(config.study, guide=1.0))
+    with pytest.raises(UserError, match="other settings"):
+        steer(other, [runs[1]], tmp_path)
+    with pytest.raises(UserError, match="same directory name"):
+        steer(config, [runs[1], runs[1]], tmp_path)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)

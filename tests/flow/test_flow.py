@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.flow.mixture import mixture_field
 from vla_jax.flow.density import log_density
 from vla_jax.flow.path import point, sample_time, squared_error, velocity
 from vla_jax.flow.solve import Transform, chain, identity, solve
@@ -53,19 +54,6 @@ def test_the_field_is_asked_at_the_left_ends_of_the_steps():
     np.testing.assert_allclose(x, (0 + 0.25 + 0.5 + 0.75) / 4)
 
 
-def mixture_field(means, weights, deviation):
-    """The exact field E[data - noise | x_t] of chunks of width 1 whose one number is drawn from a Gaussian mixture."""
-
-    def field(x, t):
-        variance = (1 - t) ** 2 + (t * deviation) ** 2
-        log = jnp.log(weights) - (x - t * means) ** 2 / (2 * variance)
-        data = means + t * deviation**2 / variance * (x - t * means)
-        noise = (1 - t) / variance * (x - t * means)
-        return (jax.nn.softmax(log, -1) * (data - noise)).sum(-1, keepdims=True)
-
-    return field
-
-
 def test_a_mixture_of_gaussians_is_recovered():
     """Data: means -2 and 1 with weights 0.3 and 0.7, deviation 0.1."""
     field = mixture_field(np.array([-2.0, 1.0]), np.array([0.3, 0.7]), 0.1)
@@ -74,6 +62,38 @@ def test_a_mixture_of_gaussians_is_recovered():
     assert abs(right.mean() - 0.7) < 0.015
     for side, mean in ((x[~right], -2.0), (x[right], 1.0)):
         assert abs(side.mean() - mean) < 0.03 and abs(side.std() - 0.1) < 0.03
+
+
+def test_a_grid_of_times_is_followed():
+    grid = (0.0, 0.1, 0.4, 1.0)
+    x = solve(lambda x, t: jnp.full_like(x, t), jnp.zeros((1, 1, 1)), steps=grid)
+    np.testing.assert_allclose(x, 0.3 * 0.1 + 0.6 * 0.4, rtol=1e-6)
+    for wrong in ((0.0, 0.5), (0.1, 1.0), (0.0, 0.5, 0.5, 1.0), (1.0,)):
+        with pytest.raises(ValueError, match="rises from 0 to 1"):
+            solve(lambda x, t: x, jnp.zeros((1, 1, 1)), steps=wrong)
+
+
+def test_heun_is_of_second_order():
+    """dx/dt = x: the error at t = 1 falls by 4 when the step is halved, Euler's by 2."""
+
+    def error(steps, method):
+        return np.e - float(solve(lambda x, t: x, jnp.ones((1, 1, 1)), steps=steps, method=method).squeeze())
+
+    assert 3.6 < error(8, "heun") / error(16, "heun") < 4.1
+    assert 1.8 < error(8, "euler") / error(16, "euler") < 2.1
+    with pytest.raises(ValueError, match="euler and heun"):
+        solve(lambda x, t: x, jnp.zeros((1, 1, 1)), steps=4, method="rk4")
+
+
+def test_heun_asks_the_field_at_both_ends():
+    x = solve(lambda x, t: jnp.full_like(x, t**2), jnp.zeros((1, 1, 1)), steps=(0.0, 0.5, 1.0), method="heun")
+    np.testing.assert_allclose(x, (0 + 0.25) / 4 + (0.25 + 1) / 4)
+
+
+def test_what_moves_points_has_the_last_word():
+    """At the end a transform is called once more, at t = 1 with no velocity."""
+    move = Transform(lambda noise: 0, lambda x, v, t, n: (jnp.where(t == 1, x + 10 * v + n, x), v + 1, n + 1))
+    assert float(solve(lambda x, t: 0 * x + 2.0, jnp.zeros((1, 1, 1)), steps=4, transform=move).squeeze()) == 3.0 + 4
 
 
 def adding(amount):

@@ -81,8 +81,40 @@ def rollout(
     Returns:
         The outcomes and, when recording, the recordings (else None).
     """
+
+    def forgetful(*arguments):
+        *rest, memory = arguments
+        return act(*rest), memory
+
+    memory = jnp.zeros(trials.index.shape)
+    return rollout_with_memory(env, forgetful, trials, memory, key, execute=execute, ticks=ticks, record=record)[:2]
+
+
+def rollout_with_memory(
+    env,
+    act: Callable,
+    trials: Trials,
+    memory: Any,
+    key: Key[Array, ""],
+    *,
+    execute: int,
+    ticks: int,
+    record: bool = False,
+) -> tuple[Outcome, Recording | None, Any]:
+    """`rollout` of a policy that remembers.
+
+    Args:
+        act: `(observation, tokens, token_mask, key, memory) -> (Float[B C A], memory)`.
+        memory: a pytree with the leading axis B.
+
+    Returns:
+        The outcomes, the recordings, and what is remembered in the end.
+    """
     scene_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, trials.index)
-    act_per_scene = jax.vmap(lambda *arguments: act(*_add_batch_axis(arguments[:-1]), arguments[-1])[0])
+
+    def act_alone(observation, tokens, token_mask, key, memory):
+        observation, tokens, token_mask, memory = _add_batch_axis((observation, tokens, token_mask, memory))
+        return jax.tree.map(lambda leaf: leaf[0], act(observation, tokens, token_mask, key, memory))
 
     def tick(carry, action):
         state, outcome, now = carry
@@ -95,17 +127,21 @@ def rollout(
         return (state, outcome, now + 1), seen
 
     def replan(carry, number):
+        carry, memory = carry
         keys = jax.vmap(jax.random.fold_in, (0, None))(scene_keys, number)
-        chunk = act_per_scene(env.observe(carry[0]), trials.tokens, trials.token_mask, keys)
+        observation = env.observe(carry[0])
+        chunk, memory = jax.vmap(act_alone)(observation, trials.tokens, trials.token_mask, keys, memory)
         if not 1 <= execute <= chunk.shape[1]:
             raise UserError(f"execute={execute}, but the policy's chunks hold {chunk.shape[1]} actions: take 1 to that")
-        return jax.lax.scan(tick, carry, jnp.swapaxes(chunk[:, :execute], 0, 1))
+        carry, seen = jax.lax.scan(tick, carry, jnp.swapaxes(chunk[:, :execute], 0, 1))
+        return (carry, memory), seen
 
     state = env.reset(trials.scene, trials.command, trials.cue)
     start = (state, _measure(state, 0), jnp.int32(0))
-    (_, outcome, _), seen = jax.lax.scan(replan, start, jnp.arange(math.ceil(ticks / max(execute, 1))))
+    replans = jnp.arange(math.ceil(ticks / max(execute, 1)))
+    ((_, outcome, _), memory), seen = jax.lax.scan(replan, (start, memory), replans)
     recording = jax.tree.map(lambda leaf: jnp.moveaxis(leaf.reshape(-1, *leaf.shape[2:])[:ticks], 1, 0), seen)
-    return outcome, recording
+    return outcome, recording, memory
 
 
 def _add_batch_axis(tree):

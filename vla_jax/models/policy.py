@@ -289,11 +289,13 @@ class Policy(Words):
         return self.expert(actions, time, self.expert.read(condition), keys)
 
     def field(self, condition: Condition) -> Field:
-        """The velocity field (x [B, C, A], t) -> v under a condition that is read once."""
+        """The velocity field (x, t) -> v under a condition that is read once; x [B, C, A] or, for R samples that share
+        the condition, [B, R, C, A]."""
         memory = self.expert.read(condition)
 
         def velocity(x, t):
-            return self.expert(x[:, None], jnp.full((len(x), 1), t), memory)[:, 0]
+            draws = x if x.ndim == 4 else x[:, None]
+            return self.expert(draws, jnp.full(draws.shape[:2], t), memory).reshape(x.shape)
 
         return velocity
 

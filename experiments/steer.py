@@ -1,0 +1,134 @@
+"""Steers frozen policies on shifted scenes and compares the arms; writes results.json and results.md.
+
+python -m experiments.steer --config=configs/steer.py --policy=RUN[,RUN2,…] --workdir=runs/steer
+
+Every finished arm is kept in WORKDIR/results, so a run that stopped goes on where it stopped.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from vla_jax import config as configuration
+from vla_jax.errors import UserError
+from vla_jax.platform import setup_compilation_cache
+from vla_jax.steering.report import make_rows, markdown
+from vla_jax.steering.study import SteerStudy, SteerStudyConfig
+from vla_jax.steering.writer import Cached, Endpoint, Stored, Writer
+from vla_jax.training.checkpoints import Checkpoints, load_policy
+
+
+@dataclasses.dataclass(frozen=True)
+class WriterConfig:
+    """Who writes reward programs.
+
+    Attributes:
+        kind: "stored" (the file `path`) or "endpoint" (`url`, `model`, `key_variable`: see writer.Endpoint).
+        switches: the endpoint also decides about stages.
+    """
+
+    kind: Literal["stored", "endpoint"] = "stored"
+    path: str = ""
+    url: str = ""
+    model: str = ""
+    key_variable: str = ""
+    switches: bool = False
+
+    def make(self, cache: Path) -> tuple[Writer, Writer | None]:
+        """The writer of programs and that of the stage switcher."""
+        if self.kind == "stored":
+            if self.switches:
+                raise UserError("writer.switches needs writer.kind = 'endpoint': a stored text sees no picture")
+            return Stored.read(self.path), None
+        if not self.url or not self.model:
+            raise UserError("writer.kind = 'endpoint' needs writer.url and writer.model")
+        endpoint = Cached(Endpoint(self.url, self.model, self.key_variable), cache)
+        return endpoint, endpoint if self.switches else None
+
+
+@dataclasses.dataclass(frozen=True)
+class SteerRunConfig:
+    """What is run.
+
+    Attributes:
+        study: see SteerStudyConfig. writer: see WriterConfig.
+        step: of the checkpoints; None is the newest. ema: averaged weights, where the runs keep them.
+    """
+
+    study: SteerStudyConfig = SteerStudyConfig()
+    writer: WriterConfig = WriterConfig()
+    step: int | None = None
+    ema: bool = True
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs every arm that has no result yet, and prints the tables; see the module's text."""
+    arguments = configuration.parse_args(
+        argv, schema=SteerRunConfig, default_config="configs/steer.py", options=("policy",)
+    )
+    if arguments.workdir is None or not arguments.flags["policy"]:
+        raise UserError("give the frozen policy by --policy=RUN and where results go by --workdir=DIR")
+    setup_compilation_cache()
+    config = configuration.resolve(SteerRunConfig, arguments.config)
+    run(config, [Path(name) for name in arguments.flags["policy"].split(",") if name], Path(arguments.workdir))
+
+
+def run(config: SteerRunConfig, policies: Sequence[Path], workdir: Path) -> list[dict[str, Any]]:
+    """The rows of all shifts, arms and policies.
+
+    Raises:
+        UserError: also for results in `workdir` that other settings made. What is finished is kept.
+    """
+    if len({path.resolve().name for path in policies}) < len(policies):
+        raise UserError("two of the policies have the same directory name, by which results are told apart: rename one")
+    results = []
+    for path in policies:
+        results += _of_policy(config, path, workdir)
+        rows = make_rows(results)
+        text = markdown(rows)
+        _write(workdir / "results.json", json.dumps({"config": dataclasses.asdict(config), "rows": rows}, indent=1))
+        _write(workdir / "results.md", text)
+    print(f"{text}\nresults: {workdir / 'results.json'}")
+    return rows
+
+
+def _of_policy(config: SteerRunConfig, path: Path, workdir: Path) -> list[dict[str, Any]]:
+    settings = dataclasses.asdict(config)
+    for name in ("shifts", "arms"):
+        del settings["study"][name]
+    settings = json.loads(json.dumps({**settings, "step": config.step or Checkpoints(path).steps[-1]}))
+    study, results = None, []
+    for shift in config.study.shifts:
+        for arm in config.study.arms:
+            name = path.resolve().name
+            file = workdir / "results" / name / f"{shift}-{arm}.json"
+            if file.is_file():
+                kept = json.loads(file.read_text())
+                if kept["settings"] != settings:
+                    raise UserError(f"{file} was made with other settings: give another --workdir")
+                results.append(kept)
+                continue
+            if study is None:
+                policy, contract, _ = load_policy(path, config.step, config.ema)
+                study = SteerStudy(policy, contract, config.study, *config.writer.make(workdir / "replies"))
+            result = {"policy": name, **study.run(shift, arm), "settings": settings}
+            _write(file, json.dumps(result))
+            results.append(result)
+            successes = sum(result["success"])
+            print(f"{name} {shift} {arm}: {successes}/{len(result['success'])}, {result['seconds']:.0f} s", flush=True)
+    return results
+
+
+def _write(path: Path, text: str) -> None:
+    """At once: the file is the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    draft.write_text(text)
+    os.replace(draft, path)
+
+
+if __name__ == "__main__":
+    configuration.run_entry(main)

@@ -1,0 +1,99 @@
+"""The study of arms: which scenes run together, whom a wrong reward names, what the table says."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from vla_jax.errors import UserError
+from vla_jax.evaluation.intervals import compare_paired, compare_seeds, wilson
+from vla_jax.steering.perceive import Attached
+from vla_jax.steering.program import parse, stack
+from vla_jax.steering.report import make_rows, markdown
+from vla_jax.steering.steer import SteerConfig, remember_nothing
+from vla_jax.steering.study import (
+    ARMS,
+    SINGLE,
+    SteerStudyConfig,
+    batches,
+    by_structure,
+    not_finite,
+    wrong_targets,
+)
+
+REACH = '{"stages": [{"name": "reach", "terms": [{"term": "distance", "keypoint": 0}]}]}'
+RISE = (
+    '{"stages": [{"name": "rise", "terms": [{"term": "height", "height": 0.2}, {"term": "distance", "keypoint": 0}]}]}'
+)
+
+
+def test_programs_of_one_structure_run_together():
+    programs = [parse(text, ("cube",)) for text in (REACH, RISE, REACH)]
+    assert [rows.tolist() for rows in by_structure(programs)] == [[0, 2], [1]]
+    assert [(rows.tolist(), count) for rows, count in batches(5, 3)] == [([0, 1, 2], 3), ([3, 4, 4], 2)]
+
+
+def test_a_wrong_target_is_a_third_object_where_there_is_one():
+    present = np.array([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 0]], bool)
+    trials = SimpleNamespace(
+        scene=SimpleNamespace(present=present),
+        command=SimpleNamespace(target=np.array([0, 1, 1])),
+        cue=SimpleNamespace(target=np.array([1, 0, 1])),
+    )
+    assert wrong_targets(trials).tolist() == [2, 0, 0]
+
+
+def test_arms_differ_in_what_acts():
+    config = SteerStudyConfig(guide=8.0, repel=3.0)
+    assert dataclasses.astuple(config.arm("base")) == (0, 0, 0, 0, 0)
+    assert dataclasses.astuple(config.arm("best_of_n")) == (0, 0, 0, 1, 0)
+    assert dataclasses.astuple(config.arm("random")) == (8, 1, 0, 0, 0)
+    assert (
+        dataclasses.astuple(config.arm("wrong_target"))
+        == dataclasses.astuple(config.arm("gradient"))
+        == (8, 0, 0, 0, 0)
+    )
+    assert dataclasses.astuple(config.arm("full")) == (8, 0, 3, 1, 1)
+    assert len({dataclasses.astuple(config.arm(name)) for name in ARMS}) == len(ARMS) - 1
+    assert all(not config.arm(name).select for name in SINGLE)
+    for wrong, message in (
+        ({"arms": ("besst",)}, "unknown 'besst'"),
+        ({"shifts": ("rotated",)}, "unknown 'rotated'"),
+        ({"steer": SteerConfig(norm="clip")}, "the arm 'random'"),
+        ({"scenes": 0}, "scenes is 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            SteerStudyConfig(**wrong)
+
+
+def test_what_is_not_finite_is_named(policy):
+    memory = remember_nothing(
+        stack([parse(RISE, ("cube",))] * 2), Attached(np.zeros((2, 1), int), np.zeros((2, 1, 3))), policy
+    )
+    memory = dataclasses.replace(memory, scene=np.array([7, 8]), origin=np.full((2, 1, 3), np.nan))
+    found = not_finite(jax.device_get(memory), 1)
+    assert found == "the reward of stage 1 ('rise'), term 2 ('distance') is not finite in scene 8"
+
+
+def result(policy, arm, success):
+    count = len(success)
+    columns = {"success": success, "at_other": [False] * count, "distance": [0.1] * count, "failure": [""] * count}
+    return {"policy": policy, "shift": "swapped", "arm": arm, "seconds": 1.0, **columns}
+
+
+def test_rows_pair_arms_by_scene_and_policy():
+    base = {name: [True, False, False, False, False] for name in "ab"}
+    full = {"a": [True, True, True, False, True], "b": [False, True, True, True, True]}
+    results = [result(name, arm, runs[name]) for arm, runs in (("base", base), ("full", full)) for name in "ab"]
+    rows = {row["arm"]: row for row in make_rows(results)}
+    assert rows["base"]["successes"] == 2 and rows["base"]["trials"] == 10 and not rows["base"]["against"]
+    assert (rows["full"]["low"], rows["full"]["high"]) == wilson(8, 10)
+    paired = compare_seeds(np.array([base["a"], base["b"]]), np.array([full["a"], full["b"]]))
+    assert rows["full"]["against"]["base"] == {k: getattr(paired, k) for k in ("difference", "low", "high", "p")}
+    assert rows["full"]["by_policy"] == {"a": 0.8, "b": 0.8} and "best_of_n" not in rows["full"]["against"]
+    (row,) = (row for row in make_rows(results[::2]) if row["arm"] == "full")
+    assert row["against"]["base"]["p"] == compare_paired(np.array(base["a"]), np.array(full["a"])).p
+    table = markdown(make_rows(results))
+    assert "### swapped" in table and "| full | 8/10 = 80.0 % | 49.0 … 94.3 | +60.0 [" in table

@@ -1,0 +1,76 @@
+"""What the steering arms did, as rows and as a table: rates with Wilson intervals, differences on the same scenes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vla_jax.evaluation.intervals import compare_paired, compare_seeds, wilson
+
+REFERENCES = ("base", "best_of_n")
+
+
+def make_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each shift and arm, over all policies that ran it.
+
+    results: what `study.SteerStudy.run` returns, with "policy". A row's `against` gives, for each of REFERENCES that
+    the same policies ran, the difference in success on the same scenes: a paired bootstrap over scenes, and over
+    policies where there are several.
+    """
+    table: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for result in results:
+        table.setdefault((result["shift"], result["arm"]), {})[result["policy"]] = result
+    return [_row(shift, arm, runs, table) for (shift, arm), runs in table.items()]
+
+
+def _row(shift: str, arm: str, runs: dict[str, dict[str, Any]], table) -> dict[str, Any]:
+    success = np.array([run["success"] for run in runs.values()], bool)
+    low, high = wilson(int(success.sum()), success.size)
+    against = {}
+    for reference in REFERENCES:
+        other = table.get((shift, reference), {})
+        if reference != arm and set(other) == set(runs):
+            before = np.array([other[policy]["success"] for policy in runs], bool)
+            found = compare_paired(before[0], success[0]) if len(runs) == 1 else compare_seeds(before, success)
+            against[reference] = {"difference": found.difference, "low": found.low, "high": found.high, "p": found.p}
+    return {
+        "shift": shift,
+        "arm": arm,
+        "policies": len(runs),
+        "trials": success.size,
+        "successes": int(success.sum()),
+        "rate": float(success.mean()),
+        "low": low,
+        "high": high,
+        "by_policy": {policy: float(np.mean(run["success"])) for policy, run in runs.items()},
+        "at_other": float(np.mean([run["at_other"] for run in runs.values()])),
+        "distance": float(np.mean([run["distance"] for run in runs.values()])),
+        "without_program": sum(bool(why) for run in runs.values() for why in run["failure"]),
+        "seconds": float(np.sum([run["seconds"] for run in runs.values()])),
+        "against": against,
+    }
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as tables, one for each shift. "other": the hand ended nearest to the object of the wrong-target arm."""
+    lines = []
+    for shift in dict.fromkeys(row["shift"] for row in rows):
+        lines += [f"### {shift}", "", "| arm | success | 95 % | − base | − best of N | other | distance |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+        for row in (row for row in rows if row["shift"] == shift):
+            gaps = (_gap(row["against"].get(reference)) for reference in REFERENCES)
+            lines.append(
+                f"| {row['arm']} | {row['successes']}/{row['trials']} = {100 * row['rate']:.1f} % "
+                f"| {100 * row['low']:.1f} … {100 * row['high']:.1f} | {' | '.join(gaps)} "
+                f"| {100 * row['at_other']:.0f} % | {100 * row['distance']:.1f} cm |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _gap(found: dict[str, float] | None) -> str:
+    if found is None:
+        return "–"
+    return f"{100 * found['difference']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
