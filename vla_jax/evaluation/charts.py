@@ -54,7 +54,7 @@ def success_figure(results: Sequence[Results]) -> "Figure":
     splits = list(dict.fromkeys(row["split"] for result in results for row in result.rows))
     figure = Figure(figsize=(8.6, 0.9 + 0.52 * len(splits)), layout="constrained")
     axis = figure.subplots()
-    _style(axis)
+    style_axis(axis)
     offsets = np.linspace(-0.22, 0.22, len(results)) if len(results) > 1 else [0.0]
     for result, colour, offset in zip(results, _colours(len(results)), offsets, strict=True):
         heights = np.array([splits.index(row["split"]) for row in result.rows]) + offset
@@ -90,11 +90,12 @@ def canvas(rows: int, columns: int) -> "tuple[Figure, list]":
     figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
-        _style(axis)
+        style_axis(axis)
     return figure, axes
 
 
-def _style(axis) -> None:
+def style_axis(axis) -> None:
+    """The look of all figures."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color(GRID)
     axis.grid(color=GRID, linewidth=0.8)

@@ -62,10 +62,14 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
         """Copies the state and writes it in the background; waits for an earlier save that is still being written."""
+        self.save_parts(step, _parts(state), meta)
+
+    def save_parts(self, step: int, parts: dict[str, Any], meta: dict[str, Any]) -> None:
+        """As `save`, for named pytrees of arrays."""
         if step in self.steps:
             return
         with disk_space(self.run_dir):
-            self._orbax.save_checkpointables_async(step, {**_parts(state), "meta": meta}, force=True)
+            self._orbax.save_checkpointables_async(step, {**parts, "meta": meta}, force=True)
 
     def wait(self) -> None:
         """Returns when everything is on disk."""
@@ -86,7 +90,7 @@ class Checkpoints:
         return _from_parts(like, loaded), loaded["meta"]
 
     def restore_weights(self, step: int | None, parts: dict[str, Any]) -> dict[str, Any]:
-        """Some of WEIGHTS at `step` (None: the newest), as dictionaries of arrays, and "meta"."""
+        """Some of WEIGHTS, or of what `save_parts` wrote, at `step` (None: the newest), and "meta"."""
         return self._load(step, {**parts, "meta": None})
 
     def _load(self, step: int | None, wanted: dict[str, Any]) -> dict[str, Any]:

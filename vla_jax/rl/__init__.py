@@ -1,0 +1,1 @@
+"""Reinforcement learning over the noise that a frozen flow policy starts from."""
