@@ -95,7 +95,7 @@ def test_collectives_count_every_round_of_a_loop_once():
 
 def test_topologies():
     assert (parse_topology("v5p:4x4x4").count, parse_topology("64xH100").count) == (64, 64)
-    assert parse_topology("8xH200").link > 5 * parse_topology("16xH200").link
+    assert parse_topology("16xH200").link(8) > 5 * parse_topology("16xH200").link(16)
     with pytest.raises(UserError, match="v5e:16x16.*8xH100"):
         parse_topology("v5litepod-16")
 
