@@ -134,10 +134,12 @@ def plan_command(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=500)
 
 
-def test_a_plan_that_does_not_fit_ends_with_status_1():
+def test_a_plan_that_does_not_fit_ends_with_status_1(dataset):
     huge = [f"--config.policy.trunk.{name}" for name in ("width=16384", "hidden=65536")]
-    done = plan_command("--topology=1xH100", *huge, "--config.data.batch_size=2")
+    data = (f"--config.data.directory={dataset}", "--config.policy.views=front", "--config.data.batch_size=2")
+    done = plan_command("--topology=1xH100", *huge, *data)
     assert done.returncode == 1, done.stderr
+    assert "pictures of 224" not in done.stdout  # sizes are those of the dataset
     assert "DOES NOT FIT" in done.stdout and "still too much" in done.stdout and "take more chips" in done.stdout
     wrong = plan_command("--topology=1xH100", "--mfu=40")
     assert wrong.returncode == 2 and "--mfu is a share" in wrong.stderr
