@@ -5,8 +5,8 @@ python -m experiments.plan --config=configs/bayesianvla_qwen3vl_4b.py --topology
 
 Topologies: v5e:16x16, v6e:8x8, v5p:4x4x4 (the training step is compiled for them; the extra `tpu` has the compiler, no
 TPU is needed), and 8xH100, 64xH200 (by arithmetic). Sizes come from the data, where --config.data.directory or
-data.mixture names some; else the pictures are 224 pixels wide, with 7 actions and 8 numbers of state. Where the run does
-not fit, the status is 1 and the settings that would make it fit are named with what they need.
+data.mixture names some; else the pictures are 224 pixels wide, with 7 actions and 8 numbers of state. Where the run
+does not fit, the status is 1 and the settings that would make it fit are named with what they need.
 """
 
 import os
