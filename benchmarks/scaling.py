@@ -40,7 +40,7 @@ SIZES = {1: (96, 3), 5: (192, 6), 20: (384, 8), 80: (640, 12), 300: (1024, 18)}
 PEAK = 2048
 
 
-def configuration(size: int, batch: int, mesh: MeshConfig = MeshConfig()) -> TrainConfig:
+def configuration(size: int, batch: int, mesh: MeshConfig) -> TrainConfig:
     """A BayesianVLA policy of about `size` million parameters."""
     width, depth = SIZES[size]
     heads = max(width // 64, 1)
@@ -105,7 +105,7 @@ def grow_model(sizes: list[int], rounds: int) -> None:
     print("|---|---|---|---|---|---|")
     for size in sizes:
         batch = max(2, min(32, 160 // size))
-        step = Step(configuration(size, batch))
+        step = Step(configuration(size, batch, MeshConfig()))
         step()
         times, peaks = zip(*((step(), peak()) for _ in range(rounds)), strict=True)
         seconds, share = np.median(times), np.median([step.flops / t / p for t, p in zip(times, peaks, strict=True)])
@@ -171,7 +171,7 @@ def main() -> None:
         simulated(arguments.counts, arguments.rounds)
     else:
         setup_compilation_cache()
-        Step(configuration(1, 32))()
+        Step(configuration(1, 32, MeshConfig()))()
 
 
 if __name__ == "__main__":

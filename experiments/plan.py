@@ -4,9 +4,9 @@ python -m experiments.plan --config=configs/bayesianvla_qwen3vl_4b.py --topology
     [--config.mesh.tensor=2 …]
 
 Topologies: v5e:16x16, v6e:8x8, v5p:4x4x4 (the training step is compiled for them; the extra `tpu` has the compiler, no
-TPU is needed), and 8xH100, 64xH200 (by arithmetic). Sizes come from the dataset, where --config.data.directory names
-one; else the pictures are 224 pixels wide, with 7 actions and 8 numbers of state. Where the run does not fit, the
-status is 1 and the settings that would make it fit are named with what they need.
+TPU is needed), and 8xH100, 64xH200 (by arithmetic). Sizes come from the data, where --config.data.directory or
+data.mixture names some; else the pictures are 224 pixels wide, with 7 actions and 8 numbers of state. Where the run
+does not fit, the status is 1 and the settings that would make it fit are named with what they need.
 """
 
 import os
@@ -20,7 +20,7 @@ from vla_jax.errors import UserError
 def main(argv: Sequence[str]) -> None:
     """Plans one run; see the module's text."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or JAX would look for the TPU that the compiler is for
-    from vla_jax.data.contract import compute_contract
+    from vla_jax.data.loader import data_contract
     from vla_jax.models.normalizer import DataFacts
     from vla_jax.training.checkpoints import policy_facts
     from vla_jax.training.chips import parse_topology
@@ -34,8 +34,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("no accelerators: give them by --topology=v5e:16x16, or 8xH100")
     topology, mfu = parse_topology(arguments.flags["topology"]), _share(arguments.flags["mfu"] or "0.4")
     config = configuration.resolve(TrainConfig, arguments.config)
-    if config.data.directory:
-        config, contract = on_pretrained(config, compute_contract(config.data.directory))
+    if config.data.directory or config.data.mixture:
+        config, contract = on_pretrained(config, data_contract(config.data))
         facts = policy_facts(contract)
     else:
         print("no data.directory: pictures of 224 pixels, 7 actions and 8 numbers of state are taken")

@@ -95,7 +95,7 @@ def test_collectives_count_every_round_of_a_loop_once():
 
 def test_topologies():
     assert (parse_topology("v5p:4x4x4").count, parse_topology("64xH100").count) == (64, 64)
-    assert parse_topology("8xH200").link > 5 * parse_topology("16xH200").link
+    assert parse_topology("16xH200").link(8) > 5 * parse_topology("16xH200").link(16)
     with pytest.raises(UserError, match="v5e:16x16.*8xH100"):
         parse_topology("v5litepod-16")
 
@@ -134,10 +134,12 @@ def plan_command(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=500)
 
 
-def test_a_plan_that_does_not_fit_ends_with_status_1():
+def test_a_plan_that_does_not_fit_ends_with_status_1(dataset):
     huge = [f"--config.policy.trunk.{name}" for name in ("width=16384", "hidden=65536")]
-    done = plan_command("--topology=1xH100", *huge, "--config.data.batch_size=2")
+    data = (f"--config.data.directory={dataset}", "--config.policy.views=front", "--config.data.batch_size=2")
+    done = plan_command("--topology=1xH100", *huge, *data)
     assert done.returncode == 1, done.stderr
+    assert "pictures of 224" not in done.stdout  # sizes are those of the dataset
     assert "DOES NOT FIT" in done.stdout and "still too much" in done.stdout and "take more chips" in done.stdout
     wrong = plan_command("--topology=1xH100", "--mfu=40")
     assert wrong.returncode == 2 and "--mfu is a share" in wrong.stderr

@@ -117,11 +117,11 @@ def test_settings_of_earlier_versions_are_read(config, copy):
 
 
 def test_going_on_does_not_need_the_run_it_started_from(config, copy, tmp_path):
-    config = dataclasses.replace(config, init_from=str(copy), steps=2, checkpoint_every=2, validate_every=0)
+    config = dataclasses.replace(config, init_from=str(copy), steps=4, checkpoint_every=4, validate_every=0)
     started = train(config, tmp_path / "started")
     shutil.rmtree(copy)
-    train(dataclasses.replace(config, steps=4), started, resume=True)
-    assert Checkpoints(started).steps[-1] == 4
+    train(dataclasses.replace(config, steps=5), started, resume=True)
+    assert Checkpoints(started).steps[-1] == 5
     with pytest.raises(UserError, match="no run directory"):
         train(config, tmp_path / "new")
 

@@ -61,10 +61,9 @@ class Topology:
         """One of them."""
         return CHIPS[self.kind]
 
-    @property
-    def link(self) -> float:
-        """Bytes a second between chips, one way, on the slowest way."""
-        return self.chip.network if self.chip.network and self.count > NODE else self.chip.link
+    def link(self, chips: int) -> float:
+        """Bytes a second between this many neighbouring chips, one way, on the slowest way."""
+        return self.chip.network if self.chip.network and chips > NODE else self.chip.link
 
     def devices(self) -> list[Any]:
         """Descriptions of all chips, to compile for. Raises UserError where the TPU compiler is missing."""

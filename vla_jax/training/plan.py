@@ -78,7 +78,13 @@ class Plan:
     @property
     def moving(self) -> float:
         """Seconds that the links are busy in a step, at their full speed; 0 where nothing is known."""
-        return sum(part.size for part in self.traffic.values()) / self.topology.link if self.traffic else 0.0
+        _, fsdp, tensor = self.shape
+        # Neighbours share weights; what all copies of them sum goes everywhere.
+        reach = {"all-gather": fsdp * tensor, "reduce-scatter": fsdp * tensor}
+        everywhere = self.topology.count
+        return sum(
+            part.size / self.topology.link(reach.get(kind, everywhere)) for kind, part in (self.traffic or {}).items()
+        )
 
 
 def make_plan(config: TrainConfig, facts: DataFacts, topology: Topology, costs: bool = True) -> Plan:
@@ -218,10 +224,13 @@ def remedies(plan: Plan, facts: DataFacts) -> list[tuple[str, Plan]]:
     together = config
     for _, change in changes:
         together = change(together)
-    for name, change in map(accumulate, parts if changes else parts[1:]):
+    more = list(map(accumulate, parts if changes else parts[1:]))
+    if len(changes) > 1:
+        more.insert(0, ("", lambda c: c))
+    for name, change in more:
         if any(other.fits for _, other in tried):
             break
-        names = " and ".join([*(name for name, _ in changes), name])
+        names = " and ".join([*(name for name, _ in changes), *([name] if name else [])])
         tried.append((names, make_plan(change(together), facts, plan.topology, costs=False)))
     return tried
 
