@@ -1,6 +1,6 @@
 """Latency of one steered chunk against particles and solver steps, on this machine.
 
-python -m benchmarks.steering [--rounds=15]
+python -m benchmarks.steering [--rounds=15] [--particles 1 4 16] [--steps 5 10]
 
 The quickstart's policy (untrained weights cost as much as trained ones), one scene, compiled, from observation to
 actions; the arms take turns and the unit is the median. `plain` is the sampler without any steering transform, `full`
@@ -26,14 +26,15 @@ from vla_jax.steering.steer import Arm, Decoder, SteerConfig, act, remember_noth
 
 FULL = Arm(guide=10.0, repel=5.0, select=1.0, resample=1.0)
 PROGRAM = '{"stages": [{"name": "reach", "terms": [{"term": "distance", "keypoint": 0, "offset": [0, 0, 0.035]}]}]}'
-CASES = [(1, 10), (2, 10), (4, 10), (8, 10), (16, 10), (32, 10), (1, 5), (16, 5), (1, 20), (16, 20)]
 
 
 def main() -> None:
     """Prints one line a case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--particles", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10])
+    options = parser.parse_args()
     setup_compilation_cache()
     env_config = EnvConfig(task="reach", image_size=64)
     env, policy = Tabletop(env_config), make_policy(env_config)
@@ -53,12 +54,14 @@ def main() -> None:
         return act(nnx.merge(graph, weights), Decoder.of(interface_of(env_config)), config, *inputs, execute=4)
 
     arm = jax.tree.map(np.float32, FULL)
-    calls = {("plain", 1, steps): (jax.jit(functools.partial(plain, steps)), (weights,)) for steps in (5, 10, 20)}
-    for particles, steps in CASES:
-        config = SteerConfig(particles=particles, steps=steps)
-        calls["full", particles, steps] = jax.jit(functools.partial(steered, config)), (weights, memory, arm)
+    calls = {}
+    for steps in options.steps:
+        calls["plain", 1, steps] = jax.jit(functools.partial(plain, steps)), (weights,)
+        for particles in sorted({1, *options.particles}):
+            config = SteerConfig(particles=particles, steps=steps)
+            calls["full", particles, steps] = jax.jit(functools.partial(steered, config)), (weights, memory, arm)
     seconds = {name: [] for name in calls}
-    for turn in range(rounds + 1):
+    for turn in range(options.rounds + 1):
         for name, (call, arguments) in calls.items():
             began = time.perf_counter()
             jax.block_until_ready(call(*arguments))

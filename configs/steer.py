@@ -19,6 +19,7 @@ def get_config(arg: str = "") -> ConfigDict:
     before the steering, for policies with latent queries."""
     config = ConfigDict({"writer": {"kind": "stored", "path": "configs/steering/reach.json"}, "study": {"steer": {}}})
     if arg == "composed":
+        config.study.execute = 2  # some of a chunk must be left to continue
         config.study.arms = ("base", "gradient", "full")
         config.study.steer = {"extrapolate": 2.0, "continued": True}
     return config

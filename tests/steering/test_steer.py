@@ -134,6 +134,8 @@ def test_transforms_are_composed_by_settings(policy, steered, memory):
     assert gaps[1] < 0.3 * gaps[0]
     guided = steered(joined, first, Arm(guide=4.0))
     assert np.isfinite(guided[0]).all()
+    with pytest.raises(UserError, match="2 executed and 3 frozen ones leave nothing"):
+        steered(dataclasses.replace(joined, frozen=3), memory, Arm())
 
 
 def test_a_lost_keypoint_is_noted_in_the_run(steered, memory):

@@ -210,6 +210,11 @@ def _field(policy, config, observation, tokens, token_mask, own: Memory, execute
     if config.extrapolate is not None:
         bends.append(extrapolate(fields["prior"], config.extrapolate))
     if config.continued:
+        if execute + config.frozen > policy.config.chunk or execute == policy.config.chunk:
+            raise UserError(
+                f"steer.continued: of a chunk of {policy.config.chunk} actions, {execute} executed and {config.frozen} "
+                "frozen ones leave nothing to continue: execute fewer"
+            )
         begun = (own.chunks > 0).astype(jnp.float32)
         bends.append(inpaint(field, own.previous, begun, executed=execute, frozen=config.frozen))
     return field, chain(*bends) if bends else identity
