@@ -21,7 +21,7 @@ AGENTS = {"sac": Sac, "na": NoiseAliased, "search": Search}
 
 
 def two_modes(weights, observation, noise):
-    """Chunk +1 where the first noise is above 1, as in 16 % of the prior's draws, else -1; a little of the noise added."""
+    """Chunk +1 where the first noise is above 1 (16 % of the prior), else -1; a little of the noise added."""
     return jnp.where(noise[:, :1, :1] > 1, 1.0, -1.0) + 0.05 * noise
 
 
