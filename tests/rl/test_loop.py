@@ -33,11 +33,11 @@ def sac():
     return make()
 
 
-def run(program, calls, state=None):
+def run(program, calls, state=None, weights=WEIGHTS):
     start, advance = program
     state, logs = state or start(), []
     for _ in range(calls):
-        state, log = advance(WEIGHTS, state)
+        state, log = advance(weights, state)
         logs.append(jax.device_get(log))
     return jax.device_get(state), jax.tree.map(lambda *parts: np.concatenate(parts), *logs)
 
@@ -72,7 +72,7 @@ def test_the_noise_that_is_kept_is_the_noise_that_was_executed(sac):
 
 def test_one_compilation_serves_the_whole_run():
     start, advance = make(FixedNoise, rounds=1)
-    _, log = run((start, advance), 3)
+    _, log = run((start, advance), 3, weights=jax.device_put(WEIGHTS, jax.devices()[0]))  # as a restored policy's are
     assert advance.compiled._cache_size() == 1
     # two rounds of warm-up, then one noise for all
     assert log["noise_rms"].std() > 0 and set(log) >= {"reward", "episodes", "successes"}

@@ -1,6 +1,7 @@
 """Runs of DSRL from the first to the last file, on a point instead of a table."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -138,7 +139,8 @@ def test_numbers_that_are_not_finite_stop_the_run_and_leave_the_data(world, sett
 
 def test_a_later_fault_names_the_checkpoint_that_is_kept(finished, settings, tmp_path, monkeypatch):
     run_dir = shutil.copytree(finished, tmp_path / "run")
-    monkeypatch.setitem(Collector.__init__.__kwdefaults__, "reward", lambda state, success: success * jnp.nan)
+    broken = functools.partial(Collector, reward=lambda state, success: jnp.full(success.shape, jnp.nan))
+    monkeypatch.setattr("vla_jax.training.improve.Collector", broken)
     with pytest.raises(UserError, match="not finite after control step 64: .*reward.*checkpoint of step 64, with its"):
         improve(dataclasses.replace(settings, steps=96), run_dir, resume=True)
     assert int(arrays(run_dir / "seed0")["run"]["replay/size"]) == 32

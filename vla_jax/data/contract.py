@@ -114,8 +114,11 @@ class Contract(Interface):
         return "\n".join(lines)
 
     def to_json(self) -> str:
-        """All fields as JSON text."""
-        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
+        """All fields as JSON text. That of one robot has no `robots`, so that it reads as it did without mixtures."""
+        values = dataclasses.asdict(self)
+        if not self.robots:
+            del values["robots"]
+        return json.dumps(values, indent=1, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "Contract":

@@ -75,7 +75,7 @@ def table(arms: Sequence[Arm]) -> str:
         (low, high), mean = arm.band(), arm.rates.mean(0)
         band = f" [{100 * low[-1]:.1f}, {100 * high[-1]:.1f}]" if len(arm.rates) > 1 else ""
         before = "–" if arm.before is None else f"{100 * arm.before:.1f} %"
-        gained = np.flatnonzero(mean >= arm.before + 0.2) if arm.before is not None else np.array([], int)
+        gained = np.flatnonzero(mean - arm.before > 0.2 - 1e-9) if arm.before is not None else np.array([], int)
         soon = f"{arm.steps[gained[0]]:,}" if len(gained) else "–"
         after = f"{100 * mean[-1]:.1f} %{band}"
         lines.append(f"| {arm.name} | {len(arm.rates)} | {arm.steps[-1]:,} | {before} | {after} | {soon} |")

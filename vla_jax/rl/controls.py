@@ -104,6 +104,9 @@ class Cloning:
         B, C, A = batch.chunk.shape
         everything = jnp.ones((B, C), bool)
         errors = flow_matching(
-            lambda x, t: policy.velocity(x, t, condition), batch.chunk, everything, draw(key, (B, DRAWS, C, A))
+            lambda x, t: policy.velocity(x, t, condition),
+            batch.chunk,
+            everything,
+            draw(jax.random.split(key, B), (DRAWS, C, A)),
         )
         return errors.mean()

@@ -84,8 +84,9 @@ def begin(collector: Collector, learner: Any, config: LoopConfig, pool: Trials, 
 
     scenes, replay = jax.jit(first)(weights, pool)
     state = LoopState(jnp.int32(0), scenes, replay, learned, jax.random.key_data(run_key))
-    # Types as they are after a round: weak ones would cost a second compilation.
-    return jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), state)
+    # Types and places as they are after a round: weak and undecided ones would cost a second compilation.
+    device = jax.devices()[0]
+    return jax.tree.map(lambda leaf: jax.device_put(leaf.astype(leaf.dtype), device), state)
 
 
 def _replay(collector, learner, config, weights, pool, scenes) -> Replay:
