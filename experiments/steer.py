@@ -2,6 +2,7 @@
 
 python -m experiments.steer --config=configs/steer.py --policy=RUN[,RUN2,…] --workdir=runs/steer
 
+With --noise=DSRL, a run of experiments.dsrl on the same policy, every arm starts from the noise that it has learned.
 Every finished arm is kept in WORKDIR/results, so a run that stopped goes on where it stopped.
 """
 
@@ -16,9 +17,11 @@ from vla_jax import config as configuration
 from vla_jax.errors import UserError
 from vla_jax.platform import setup_compilation_cache
 from vla_jax.steering.report import make_rows, markdown
+from vla_jax.steering.steer import NoiseSource
 from vla_jax.steering.study import SteerStudy, SteerStudyConfig
 from vla_jax.steering.writer import Cached, Endpoint, Stored, Writer
 from vla_jax.training.checkpoints import Checkpoints, load_policy
+from vla_jax.training.improve import load_improved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,17 +70,20 @@ class SteerRunConfig:
 def main(argv: Sequence[str]) -> None:
     """Runs every arm that has no result yet, and prints the tables; see the module's text."""
     arguments = configuration.parse_args(
-        argv, schema=SteerRunConfig, default_config="configs/steer.py", options=("policy",)
+        argv, schema=SteerRunConfig, default_config="configs/steer.py", options=("policy", "noise")
     )
     if arguments.workdir is None or not arguments.flags["policy"]:
         raise UserError("give the frozen policy by --policy=RUN and where results go by --workdir=DIR")
     setup_compilation_cache()
     config = configuration.resolve(SteerRunConfig, arguments.config)
-    run(config, [Path(name) for name in arguments.flags["policy"].split(",") if name], Path(arguments.workdir))
+    policies = [Path(name) for name in arguments.flags["policy"].split(",") if name]
+    run(config, policies, Path(arguments.workdir), arguments.flags["noise"])
 
 
-def run(config: SteerRunConfig, policies: Sequence[Path], workdir: Path) -> list[dict[str, Any]]:
-    """The rows of all shifts, arms and policies.
+def run(
+    config: SteerRunConfig, policies: Sequence[Path], workdir: Path, noise: str | None = None
+) -> list[dict[str, Any]]:
+    """The rows of all shifts, arms and policies. noise: the run that learned from which noise to start.
 
     Raises:
         UserError: also for results in `workdir` that other settings made. What is finished is kept.
@@ -86,7 +92,7 @@ def run(config: SteerRunConfig, policies: Sequence[Path], workdir: Path) -> list
         raise UserError("two of the policies have the same directory name, by which results are told apart: rename one")
     results = []
     for path in policies:
-        results += _of_policy(config, path, workdir)
+        results += _of_policy(config, path, workdir, noise)
         rows = make_rows(results)
         text = markdown(rows)
         _write(workdir / "results.json", json.dumps({"config": dataclasses.asdict(config), "rows": rows}, indent=1))
@@ -95,11 +101,12 @@ def run(config: SteerRunConfig, policies: Sequence[Path], workdir: Path) -> list
     return rows
 
 
-def _of_policy(config: SteerRunConfig, path: Path, workdir: Path) -> list[dict[str, Any]]:
+def _of_policy(config: SteerRunConfig, path: Path, workdir: Path, noise: str | None) -> list[dict[str, Any]]:
     settings = dataclasses.asdict(config)
     for name in ("shifts", "arms"):
         del settings["study"][name]
-    settings = json.loads(json.dumps({**settings, "step": config.step or Checkpoints(path).steps[-1]}))
+    settings = {**settings, "step": config.step or Checkpoints(path).steps[-1], **({"noise": noise} if noise else {})}
+    settings = json.loads(json.dumps(settings))
     study, results = None, []
     for shift in config.study.shifts:
         for arm in config.study.arms:
@@ -113,13 +120,23 @@ def _of_policy(config: SteerRunConfig, path: Path, workdir: Path) -> list[dict[s
                 continue
             if study is None:
                 policy, contract, _ = load_policy(path, config.step, config.ema)
-                study = SteerStudy(policy, contract, config.study, *config.writer.make(workdir / "replies"))
+                writers = config.writer.make(workdir / "replies")
+                source = _learned(noise, path) if noise else None
+                study = SteerStudy(policy, contract, config.study, *writers, source)
             result = {"policy": name, **study.run(shift, arm), "settings": settings}
             _write(file, json.dumps(result))
             results.append(result)
             successes = sum(result["success"])
             print(f"{name} {shift} {arm}: {successes}/{len(result['success'])}, {result['seconds']:.0f} s", flush=True)
     return results
+
+
+def _learned(noise: str, path: Path) -> NoiseSource:
+    """What chooses the noise. Raises UserError for a run that learned it for another policy."""
+    improved, _, theirs = load_improved(noise)
+    if Path(theirs.policy).resolve() != path.resolve():
+        raise UserError(f"the noise of {noise} was learned for {theirs.policy}, not for {path}")
+    return improved.noise
 
 
 def _write(path: Path, text: str) -> None:

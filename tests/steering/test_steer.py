@@ -74,6 +74,22 @@ def test_an_arm_of_zeros_is_the_policy_itself(policy, steered, memory, words):
     np.testing.assert_allclose(steered(MANY, memory, Arm())[0], plain, atol=1e-6)
 
 
+def test_a_chosen_noise_is_where_the_first_particle_starts(policy, contract, memory, words):
+    chosen = jax.random.normal(jax.random.key(9), (1, 4, len(contract.action_names)))
+    graph, weights = nnx.split(policy)
+
+    @functools.partial(jax.jit, compiler_options=FAST)
+    def both(weights):
+        policy, arm = nnx.merge(graph, weights), jax.tree.map(np.float32, Arm())
+        inputs = policy, Decoder.of(contract), ONE, observation(), *words, KEY, memory, arm
+        chunk, _ = act(*inputs, execute=2, source=lambda condition, key: chosen + 0 * condition.context.mean())
+        reading = policy.encode(observation()["images"], *words)["posterior"]
+        plain = policy.sample(policy.condition(reading, observation()["state"]), chosen, steps=ONE.steps)
+        return chunk, policy.normalizer.denormalize_action(plain)
+
+    np.testing.assert_allclose(*both(weights), atol=1e-6)
+
+
 def end(chunk):
     """Where a chunk leads."""
     return TCP + np.asarray(chunk)[0, :, :3].sum(0)

@@ -22,7 +22,7 @@ from vla_jax.rl.agent import AgentConfig
 from vla_jax.rl.collect import Collector
 from vla_jax.rl.loop import LoopConfig
 from vla_jax.training.checkpoints import Checkpoints
-from vla_jax.training.improve import ImproveConfig, improve
+from vla_jax.training.improve import ImproveConfig, improve, load_improved
 from vla_jax.training.metrics import read_metrics
 
 
@@ -119,6 +119,17 @@ def test_a_run_leaves_curves_films_and_an_untouched_policy(finished, world):
     (start,) = json.loads((finished / "provenance.json").read_text())
     assert start["data"]["name"] == "toy"
     assert float(world["pushes"][0].gain[...]) == 1.0
+
+
+def test_a_finished_run_loads_as_the_policy_that_it_became(finished, world):
+    improved, contract, config = load_improved(finished)
+    assert contract == world["pushes"][1] and config.arm == "na"
+    saved = arrays(finished / "seed0")["run"]
+    actor = [leaf for name, leaf in saved.items() if "/actor/" in name and "adam" not in name and "opt" not in name]
+    ours = jax.tree.leaves(nnx.state(improved.source, nnx.Param))
+    assert sorted(leaf.shape for leaf in ours) and all(any(np.array_equal(a, b) for b in actor) for a in ours)
+    condition = Condition(jnp.ones((2, 3)), None, jnp.ones((2, 6)))
+    assert improved.noise(condition, jax.random.key(0)).shape == (2, 2, 5)
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(finished, settings, tmp_path):

@@ -167,8 +167,12 @@ class SteeredPolicy(nnx.Module):
     def act(self, observation, tokens, token_mask, key, steps=4, guidance=None) -> Float[Array, "B C A"]:
         """A chunk of actions in SI units; see `Policy.act`."""
         conditions = read_policy(self.policy, observation, tokens, token_mask, guidance)
-        shape = self.policy.config.chunk, len(self.policy.facts.action_low)
-        chosen = spread(self.source(summarize(conditions["posterior"], self.summary), key), shape)
+        chosen = self.noise(conditions["posterior"], key)
         noise = jnp.where(self.steered[...], chosen, jax.random.normal(key, chosen.shape))
         chunk = decode_policy(self.policy, conditions, noise, steps, guidance)
         return self.policy.normalizer.denormalize_action(chunk)
+
+    def noise(self, condition: Condition, key: PRNGKeyArray) -> Float[Array, "B C A"]:
+        """The noise that the source chooses for what the policy read."""
+        shape = self.policy.config.chunk, len(self.policy.facts.action_low)
+        return spread(self.source(summarize(condition, self.summary), key), shape)

@@ -8,6 +8,7 @@ Axes: B scenes, P particles, C chunk length, A action width, K keypoints, M bodi
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from vla_jax.flow.guidance import guide
 from vla_jax.flow.particles import mcmc, repel, resample
 from vla_jax.flow.solve import Field, Transform, chain, identity, solve
 from vla_jax.flow.transforms import extrapolate, inpaint
+from vla_jax.models.expert import Condition
 from vla_jax.models.policy import Policy
 from vla_jax.steering.loop import LoopConfig, LoopState, begin, look, remember, strength
 from vla_jax.steering.perceive import Attached, track
@@ -28,6 +30,7 @@ from vla_jax.steering.program import Program
 from vla_jax.steering.switch import VlmSwitcher
 from vla_jax.steering.terms import View
 
+NoiseSource = Callable[[Condition, PRNGKeyArray], Float[Array, "1 C A"]]
 MOVES, PLACE, OPENING = ("dx", "dy", "dz"), ("x", "y", "z"), "opening"
 
 
@@ -166,11 +169,13 @@ def act(
     *,
     execute: int,
     switcher: VlmSwitcher | None = None,
+    source: NoiseSource | None = None,
 ) -> tuple[Float[Array, "1 C A"], Memory]:
     """One steered chunk of one scene (SI units; all leading axes are 1), and what is remembered after it.
 
     observation: as for `Policy.act`, and "frames" (`perceive.Watched`). With an arm of zeros (and inner = 0)
     the chunk is that of `Policy.act` for the same key, steps and guidance.
+    source: chooses the noise of particle 0, as latent-noise RL learns to; None draws it like that of the others.
     """
     own = jax.tree.map(lambda leaf: leaf[0], memory)
     now = track(memory.attached, observation["frames"])[0]
@@ -189,9 +194,10 @@ def act(
     def reward(x, t):
         return jax.vmap(jax.vmap(lambda path: own.program.reward(view, path, loop.stage)))(paths(x))
 
-    field, bend = _field(policy, config, observation, tokens, token_mask, own, execute)
+    conditions = _read(policy, config, observation, tokens, token_mask)
+    field, bend = _field(policy, config, conditions, own, execute)
     noise_key, steer_key = jax.random.split(jax.random.fold_in(key, 1))
-    noise = jax.random.normal(key, (1, *own.previous.shape))
+    noise = jax.random.normal(key, (1, *own.previous.shape)) if source is None else source(conditions["posterior"], key)
     others = jax.random.normal(noise_key, (config.particles - 1, *own.previous.shape))
     noise = jnp.concatenate([noise, others])[None]
     steer = _steering(config, arm, field, reward, paths, strength(config.loop, loop), noise.shape, steer_key)
@@ -201,11 +207,17 @@ def act(
     return policy.normalizer.denormalize_action(chunk)[None], jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], after)
 
 
-def _field(policy, config, observation, tokens, token_mask, own: Memory, execute: int) -> tuple[Field, Transform]:
-    """The velocity field, and what bends it before any steering: extrapolation, and the chunk before."""
+def _read(policy: Policy, config: SteerConfig, observation, tokens, token_mask) -> dict[str, Condition]:
     branches = ("posterior",) if config.extrapolate is None else ("prior", "posterior")
     readings = policy.encode(observation["images"], tokens, token_mask, branches)
-    fields = {name: policy.field(policy.condition(reading, observation["state"])) for name, reading in readings.items()}
+    return {name: policy.condition(reading, observation["state"]) for name, reading in readings.items()}
+
+
+def _field(
+    policy: Policy, config: SteerConfig, conditions: dict[str, Condition], own: Memory, execute: int
+) -> tuple[Field, Transform]:
+    """The velocity field, and what bends it before any steering: extrapolation, and the chunk before."""
+    fields = {name: policy.field(condition) for name, condition in conditions.items()}
     field, bends = fields["posterior"], []
     if config.extrapolate is not None:
         bends.append(extrapolate(fields["prior"], config.extrapolate))

@@ -27,7 +27,7 @@ from vla_jax.steering.check import check
 from vla_jax.steering.perceive import Perceived, Watched, body_label, disturb, join, perceive
 from vla_jax.steering.program import Program, parse, place, stack
 from vla_jax.steering.shifts import SHIFTS, make_shift
-from vla_jax.steering.steer import Arm, Decoder, Memory, SteerConfig, act, remember_nothing
+from vla_jax.steering.steer import Arm, Decoder, Memory, NoiseSource, SteerConfig, act, remember_nothing
 from vla_jax.steering.switch import VlmSwitcher
 from vla_jax.steering.terms import View
 from vla_jax.steering.writer import Request, Writer, find_json, make_prompt
@@ -117,6 +117,7 @@ class SteerStudy:
         writer: of the programs. A stored program with TARGET in it gets the name of the object put in; any other writer
             is asked with the instruction, the keypoints and the numbered picture.
         switch_writer: a model that decides about stages; None leaves it to the deterministic switcher.
+        source: chooses the noise from which every arm's first particle starts (see `steer.act`).
 
     Raises:
         UserError: the contract's actions do not move an end effector, or its data are not from the simulated table.
@@ -129,12 +130,13 @@ class SteerStudy:
         config: SteerStudyConfig,
         writer: Writer,
         switch_writer: Writer | None = None,
+        source: NoiseSource | None = None,
     ):
         self.decoder = Decoder.of(contract)
         self.policy, self.contract, self.config = policy, contract, config
         self.world = World.of(contract, EvalConfig(engine=config.engine))
         self.env = Tabletop(self.world.env)
-        self._writer, self._switch_writer = writer, switch_writer
+        self._writer, self._switch_writer, self._source = writer, switch_writer, source
         self._graph, self._weights = nnx.split(policy)
         self._reset = jax.jit(self.env.reset)
         self._prepared: dict[str, Prepared] = {}
@@ -259,7 +261,7 @@ class SteerStudy:
         def steered(observation, tokens, token_mask, key, memory):
             policy, execute = nnx.merge(self._graph, weights), self.config.execute
             inputs = (observation, tokens, token_mask, key, memory, arm)
-            return act(policy, self.decoder, steer, *inputs, execute=execute, switcher=switcher)
+            return act(policy, self.decoder, steer, *inputs, execute=execute, switcher=switcher, source=self._source)
 
         times = {"execute": self.config.execute, "ticks": self.env.max_ticks}
         outcome, seen, memory = rollout_with_memory(

@@ -115,9 +115,7 @@ def improve(config: ImproveConfig, workdir: str | Path, resume: bool = False) ->
         raise UserError("no policy: give the run directory of one by --policy=DIR")
     run_dir = Path(workdir)
     policy, contract, _ = load_policy(config.policy, config.policy_step)
-    world = World.of(contract, config.eval)
-    if config.rho is not None:
-        world = dataclasses.replace(world, bias=dataclasses.replace(world.bias, rho=config.rho))
+    world = _world(config, contract)
     _check_run_dir(run_dir, config, contract, resume)
     improvement = Improvement(config, policy, Evaluator(contract, config.eval, world))
     with disk_space(run_dir):
@@ -130,6 +128,21 @@ def improve(config: ImproveConfig, workdir: str | Path, resume: bool = False) ->
     for seed in range(config.seeds):
         Run(improvement, run_dir / f"seed{seed}", seed)()
     return run_dir
+
+
+def load_improved(workdir: str | Path, seed: int = 0) -> tuple[SteeredPolicy, Contract, ImproveConfig]:
+    """The policy with the noise that a run has learned to choose, as its newest checkpoint has it.
+
+    Raises:
+        UserError: no such run, or nothing saved yet.
+    """
+    config = _load_config(Path(workdir))
+    policy, contract, _ = load_policy(config.policy, config.policy_step)
+    improvement = Improvement(config, policy, Evaluator(contract, config.eval, _world(config, contract)))
+    checkpoints = Checkpoints(Path(workdir) / f"seed{seed}")
+    state, _ = _restore(checkpoints, improvement.begin(seed))
+    checkpoints.close()
+    return improvement.acting(state), contract, config
 
 
 def make_learner(config: ImproveConfig, flow: Flow, graphdef: nnx.GraphDef, features: int) -> Any:
@@ -211,7 +224,8 @@ class Run:
         checkpoints = Checkpoints(self.run_dir, keep=1, write=True)
         state = self.improvement.begin(self.seed)
         if checkpoints.steps:
-            state, self._evaluated = self._restore(checkpoints, state)
+            state, self._evaluated = _restore(checkpoints, state)
+            print(f"resumed at control step {int(state.round) * self.config.round_steps}")
         self._steps = int(state.round) * self.config.round_steps
         writer = MetricsWriter(self.run_dir, self._steps)
         try:
@@ -285,13 +299,6 @@ class Run:
     def _save(self, state: LoopState, checkpoints: Checkpoints) -> None:
         checkpoints.save_parts(self._steps, {"run": _flat(state)}, {"evaluated": self._evaluated})
 
-    def _restore(self, checkpoints: Checkpoints, like: LoopState) -> tuple[LoopState, int]:
-        loaded = checkpoints.restore_weights(None, {"run": _flat(like)})
-        _, structure = jax.tree.flatten(like)
-        state = jax.tree.unflatten(structure, [loaded["run"][name] for name in _flat(like)])
-        print(f"resumed at control step {int(state.round) * self.config.round_steps}")
-        return state, loaded["meta"]["evaluated"]
-
     def _finish(self, state: LoopState) -> None:
         """The last table, by chance and without, against the policy as it was; curve and videos."""
         judge, now = self.improvement.evaluator, self.improvement.acting(state)
@@ -317,6 +324,29 @@ class Run:
             write_atomically(self.run_dir / f"{name}.mp4", video.encode_mp4(video.side_by_side(panels)))
 
 
+def _world(config: ImproveConfig, contract: Contract) -> World:
+    world = World.of(contract, config.eval)
+    return (
+        world
+        if config.rho is None
+        else dataclasses.replace(world, bias=dataclasses.replace(world.bias, rho=config.rho))
+    )
+
+
+def _restore(checkpoints: Checkpoints, like: LoopState) -> tuple[LoopState, int]:
+    """The newest state, and the control step of its last evaluation."""
+    loaded = checkpoints.restore_weights(None, {"run": _flat(like)})
+    state = jax.tree.unflatten(jax.tree.structure(like), [loaded["run"][name] for name in _flat(like)])
+    return state, loaded["meta"]["evaluated"]
+
+
+def _load_config(run_dir: Path) -> ImproveConfig:
+    path = run_dir / "config.json"
+    if not path.is_file():
+        raise UserError(f"no config.json in {run_dir}: it is not a run of experiments.dsrl")
+    return from_json(ImproveConfig, path.read_text())
+
+
 def _flat(state: LoopState) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
@@ -328,11 +358,9 @@ def _check_run_dir(run_dir: Path, config: ImproveConfig, contract: Contract, res
         return
     if not resume:
         raise UserError(f"{run_dir} is not empty: add --resume to go on with that run, or choose another --workdir")
-    path = run_dir / "config.json"
-    if not path.is_file():
-        raise UserError(f"no config.json in {run_dir}: it is not a run of experiments.dsrl")
+    begun = _load_config(run_dir)
     Contract.load(run_dir / "contract.json").check(contract, f"the policy {config.policy}")
-    changed = diff(from_json(ImproveConfig, path.read_text()), config)
+    changed = diff(begun, config)
     changed = {key: pair for key, pair in changed.items() if key not in FREE_ON_RESUME}
     if changed:
         listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
