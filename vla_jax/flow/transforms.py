@@ -35,7 +35,7 @@ def clean_estimate(x: Float[Array, "*B C A"], v: Float[Array, "*B C A"], t: Floa
 
 
 def extrapolate(reference: Field, weight: Weight) -> Transform:
-    """v <- v + (w - 1) (v - v_ref): away from what a reference field would do, towards what only this one would.
+    """v <- v_ref + w (v - v_ref): away from what a reference field would do, towards what only this one would.
 
     Classifier-free guidance (Ho & Salimans, arXiv 2207.12598) written for velocities; with a vision-only reference it
     is counterfactual action guidance for policies (arXiv 2602.17659). w = 1 changes nothing, w = 0 follows the
@@ -44,7 +44,8 @@ def extrapolate(reference: Field, weight: Weight) -> Transform:
     """
 
     def update(x, v, t, state):
-        return x, v + (weigh(weight, t) - 1) * (v - reference(x, t)), state
+        w = weigh(weight, t)
+        return x, (1 - w) * reference(x, t) + w * v, state  # so written, both w = 1 and w = 0 are exact
 
     return Transform(lambda noise: (), update)
 
