@@ -125,6 +125,7 @@ def test_a_comparison_goes_on_where_it_stopped(runs, monkeypatch, capsys):
     assert "is there already" in out and out.count("is trained already") == 2
 
 
+@pytest.mark.slow
 def test_a_study_grows_cell_by_cell(runs, tmp_path, monkeypatch):
     arm = dataclasses.replace(tiny_comparison().arms["full"], steps=3, checkpoint_every=3)
     config = StudyConfig(tiny_comparison().collect, {"a": arm, "b": arm}, unbiased=("b",), rhos=(0.5,), seeds=1)
@@ -269,7 +270,7 @@ def test_first_look_runs(runs, monkeypatch):
     assert pictures == 6 and "full minus baseline" in text
 
 
-@pytest.mark.parametrize("kind", ["queries", "tokens"])
+@pytest.mark.parametrize("kind", ["queries", pytest.param("tokens", marks=pytest.mark.slow)])
 def test_language_following_runs(kind, runs, token_run, monkeypatch):
     pictures, text = execute("language_following.ipynb", runs[1] if kind == "queries" else token_run, monkeypatch)
     assert pictures == 6 and "swapped" in text and "the look suggests" in text

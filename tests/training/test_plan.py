@@ -134,6 +134,7 @@ def plan_command(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=500)
 
 
+@pytest.mark.slow
 def test_a_plan_that_does_not_fit_ends_with_status_1(dataset):
     huge = [f"--config.policy.trunk.{name}" for name in ("width=16384", "hidden=65536")]
     data = (f"--config.data.directory={dataset}", "--config.policy.views=front", "--config.data.batch_size=2")
