@@ -8,13 +8,13 @@ Every finished arm is kept in WORKDIR/results, so a run that stopped goes on whe
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from vla_jax import config as configuration
 from vla_jax.errors import UserError
+from vla_jax.evaluation.results import write_atomically
 from vla_jax.platform import setup_compilation_cache
 from vla_jax.steering.report import make_rows, markdown
 from vla_jax.steering.steer import NoiseSource
@@ -95,8 +95,10 @@ def run(
         results += _of_policy(config, path, workdir, noise)
         rows = make_rows(results)
         text = markdown(rows)
-        _write(workdir / "results.json", json.dumps({"config": dataclasses.asdict(config), "rows": rows}, indent=1))
-        _write(workdir / "results.md", text)
+        write_atomically(
+            workdir / "results.json", json.dumps({"config": dataclasses.asdict(config), "rows": rows}, indent=1)
+        )
+        write_atomically(workdir / "results.md", text)
     print(f"{text}\nresults: {workdir / 'results.json'}")
     return rows
 
@@ -124,7 +126,7 @@ def _of_policy(config: SteerRunConfig, path: Path, workdir: Path, noise: str | N
                 source = _learned(noise, path) if noise else None
                 study = SteerStudy(policy, contract, config.study, *writers, source)
             result = {"policy": name, **study.run(shift, arm), "settings": settings}
-            _write(file, json.dumps(result))
+            write_atomically(file, json.dumps(result))
             results.append(result)
             successes = sum(result["success"])
             print(f"{name} {shift} {arm}: {successes}/{len(result['success'])}, {result['seconds']:.0f} s", flush=True)
@@ -137,14 +139,6 @@ def _learned(noise: str, path: Path) -> NoiseSource:
     if Path(theirs.policy).resolve() != path.resolve():
         raise UserError(f"the noise of {noise} was learned for {theirs.policy}, not for {path}")
     return improved.noise
-
-
-def _write(path: Path, text: str) -> None:
-    """At once: the file is the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    draft.write_text(text)
-    os.replace(draft, path)
 
 
 if __name__ == "__main__":

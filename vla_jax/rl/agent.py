@@ -9,6 +9,7 @@ Axes: B batch, M critics, F features, D numbers of one noise, N candidates, U up
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from typing import Any
 
 import jax
@@ -81,7 +82,7 @@ class AgentState:
     optimizer: Any
 
 
-class Agent:
+class Agent(ABC):
     """What the three have in common: critics learned by temporal differences, in batches from the replay."""
 
     def __init__(self, config: AgentConfig, flow: Flow, features: int):
@@ -122,19 +123,19 @@ class Agent:
         """A network with these parameters."""
         return merge(self._graphs[name], params)
 
+    @abstractmethod
     def source(self, state: AgentState, greedy: bool = False) -> nnx.Module:
         """What chooses the noise."""
-        raise NotImplementedError
 
     def weights(self, state: AgentState, weights: Any) -> Any:
         """The policy's weights: frozen."""
         return weights
 
+    @abstractmethod
     def loss(
         self, params: dict[str, FlatArrays], target: FlatArrays, weights: Any, batch: Transition, key: PRNGKeyArray
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """The sum of all losses, each of which reaches the network that it is for, and what is logged."""
-        raise NotImplementedError
 
     def update(
         self, state: AgentState, weights: Any, replay: Replay, key: PRNGKeyArray, updates: int
