@@ -10,7 +10,6 @@ them. A share is that of `act` in the same turn, printed as median [lower quarti
 
 import argparse
 import functools
-import time
 from collections.abc import Callable
 
 import jax
@@ -19,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.packed_step import WIDE, spread
+from benchmarks.vlm import measure
 from configs.bayesianvla_qwen3vl_4b import OPENING, settings
 from vla_jax.config import resolve
 from vla_jax.models.normalizer import DataFacts
@@ -77,20 +77,7 @@ def programs(model: str, steps: list[int]) -> dict[str, Callable[[], object]]:
         made[f"act, {count} steps"] = functools.partial(
             jax.jit(functools.partial(act, steps=count)), state, observation
         )
-    return made
-
-
-def measure(made: dict[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of every program in every round; another one begins each round."""
-    for run in made.values():
-        jax.block_until_ready(run())
-    names, seconds = list(made), {name: np.zeros(rounds) for name in made}
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.perf_counter()
-            jax.block_until_ready(made[name]())
-            seconds[name][turn] = time.perf_counter() - start
-    return seconds
+    return {name: lambda run=run: jax.block_until_ready(run()) for name, run in made.items()}
 
 
 def main() -> None:
