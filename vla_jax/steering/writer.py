@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from vla_jax.errors import UserError
+from vla_jax.evaluation.results import write_atomically
 from vla_jax.steering.check import check
 from vla_jax.steering.program import Program, parse
 from vla_jax.steering.terms import TERMS, View
@@ -167,10 +168,7 @@ class Cached:
         if path.is_file():
             return path.read_text()
         reply = self.writer(request)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(f".{os.getpid()}.tmp")
-        draft.write_text(reply)
-        os.replace(draft, path)
+        write_atomically(path, reply)
         return reply
 
 
