@@ -2,8 +2,7 @@
 
 python -m experiments.train --config=configs/grounding.py --config.data.directory=DATA --workdir=runs/grounding
 python -m experiments.train --config=configs/train.py:cotrained --config.init_from=runs/grounding \
-    --config.policy.encoder=keypoints --config.policy.keypoints.points=32 \
-    --config.policy.trunk.depth=2 --config.policy.views=front \
+    --config.policy.encoder=keypoints --config.policy.keypoints.points=32 --config.policy.views=front \
     --config.data.directory=DATA --workdir=runs/x
 
 DATA gives the words and the look of the table; its demonstrations are not read. The questions are those of
@@ -22,7 +21,7 @@ def get_config() -> ConfigDict:
             "steps": 8000,
             "eval_every": 0,
             "questions": {"batch_size": 64},
-            "policy": {"encoder": "keypoints", "keypoints": {"points": 32}, "trunk": {"depth": 2}, "views": ("front",)},
+            "policy": {"encoder": "keypoints", "keypoints": {"points": 32}, "views": ("front",)},
             "loss": {
                 "demonstrations": False,
                 "prior_weight": 0.0,
