@@ -5,6 +5,7 @@ python -m experiments.inspect DIR
 A dataset (of `experiments.convert` or `experiments.collect`): writes one HTML page beside it with its episodes,
 instructions, lengths, histograms of actions in physical units, sample pictures and warnings, and prints the warnings.
 A checkpoint of a vision-language model: prints its parameters by module, types, bytes, and whether it would fit.
+A run of `experiments.train`: prints how far it is, on what data, and its policy's parameters by module.
 """
 
 import math
@@ -16,11 +17,14 @@ import jax
 
 from vla_jax.analysis.dataset_page import check_is_dataset, write_page
 from vla_jax.config import run_entry
+from vla_jax.data.contract import Contract
 from vla_jax.data.dataset import open_dataset
 from vla_jax.errors import UserError
 from vla_jax.pretrained.checkpoint import find_tensors
 from vla_jax.pretrained.configs import from_json, read_json
 from vla_jax.pretrained.tables import FAMILIES, Row
+from vla_jax.training.checkpoints import Checkpoints, load_config, policy_maker
+from vla_jax.training.state import abstract
 
 GIB = 2**30
 # bytes a parameter: weights, gradient and two Adam moments in float32, and a bfloat16 copy to compute with
@@ -30,8 +34,14 @@ TRAINING_BYTES = 4 * 4 + 2
 def main(argv: Sequence[str]) -> None:
     """Looks at one directory; see the module's text."""
     if len(argv) != 1 or argv[0].startswith("-"):
-        raise UserError("give one directory, a dataset or a checkpoint: python -m experiments.inspect DIR")
-    print(describe_dataset(argv[0]) if check_is_dataset(Path(argv[0])) else describe(argv[0]))
+        raise UserError("give one directory, a dataset, a checkpoint or a run: python -m experiments.inspect DIR")
+    directory = Path(argv[0])
+    if not directory.is_dir():
+        raise UserError(f"no directory {directory}")
+    if check_is_dataset(directory):
+        print(describe_dataset(argv[0]))
+    else:
+        print(describe_run(directory) if (directory / "contract.json").is_file() else describe(argv[0]))
 
 
 def describe_dataset(directory: str) -> str:
@@ -40,6 +50,25 @@ def describe_dataset(directory: str) -> str:
     path, said = write_page(dataset, Path(directory).resolve().parent / f"{dataset.name}.html")
     lines = [f"{len(dataset)} episodes, {dataset.lengths.sum()} steps"]
     return "\n".join([*lines, *(f"warning: {line}" for line in said), str(path)])
+
+
+def describe_run(directory: Path) -> str:
+    """A training run as text. No weights are read."""
+    config, contract = load_config(directory), Contract.load(directory / "contract.json")
+    _, params, _ = abstract(policy_maker(config, contract))
+    modules: dict[str, int] = defaultdict(int)
+    for path, leaf in params.items():
+        modules[path.partition("/")[0]] += leaf.size
+    steps = Checkpoints(directory).steps
+    return "\n".join(
+        [
+            f"{config.arm}: checkpoints at step {', '.join(map(str, steps)) or '(none)'}, of {config.steps}",
+            f"data: {contract.dataset} ({contract.fingerprint[:12]}), {contract.embodiment}, "
+            f"{contract.control_hz:g} Hz, actions: {', '.join(contract.action_names)}",
+            *(f"{module:<16}{count:>14,} parameters" for module, count in sorted(modules.items())),
+            f"{'all':<16}{sum(modules.values()):>14,} parameters",
+        ]
+    )
 
 
 def describe(directory: str) -> str:

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from configs.train import ARMS
+from experiments import __main__ as verbs
 from experiments import compare
 from experiments.compare import CompareConfig
 from experiments.evaluate import EvaluateConfig
@@ -96,3 +97,9 @@ def test_a_stopped_comparison_goes_on_by_the_same_command(tmp_path, monkeypatch)
     )
     compare.train_once(TrainConfig(), tmp_path / "run")
     assert advised == [shlex.join(sys.orig_argv)] and "--resume" not in advised[0]
+
+
+def test_every_entry_point_is_listed_with_what_it_does():
+    lines = verbs.summary().splitlines()
+    assert any(line.startswith("python -m experiments.train ") and "Trains a policy" in line for line in lines)
+    assert all(line.endswith(".") for line in lines)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.inspect import describe_run
 from vla_jax.config import diff
 from vla_jax.data.contract import Contract
 from vla_jax.errors import UserError
@@ -48,6 +49,13 @@ def test_a_run_directory_tells_what_was_run(run_dir, config, dataset):
     assert [line["step"] for line in lines if line["kind"] == "validation"] == [5, 10]
     assert {"terms/fm_posterior", "terms/fm_prior", "terms/llr", "valid/llr", "grad_norm"} <= set(lines[-2])
     assert lines[-2]["valid/llr"] == 1.0
+
+
+def test_a_run_directory_can_be_inspected(run_dir):
+    said = describe_run(run_dir)
+    assert "step 5, 10, of 10" in said and "data: tiny" in said and "actions: dx, opening" in said
+    count = sum(leaf.size for leaf in jax.tree.leaves(arrays(run_dir)["params"]))
+    assert said.splitlines()[-1].split()[:2] == ["all", f"{count:,}"]
 
 
 def test_a_loaded_policy_acts_and_carries_the_chosen_weights(run_dir):
