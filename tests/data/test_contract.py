@@ -4,9 +4,11 @@ import dataclasses
 import json
 import os
 
+import cv2
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import simplejpeg
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -42,9 +44,8 @@ def test_quantiles_of_a_stream_larger_than_memory():
 
 
 def test_no_picture_is_decoded(dataset_path, monkeypatch):
-    import cv2
-
     monkeypatch.setattr(cv2, "imdecode", None)
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", None)
     assert compute_contract(dataset_path).action_statistics.count > 0
 
 

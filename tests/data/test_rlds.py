@@ -10,13 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
 from vla_jax.data import rlds
 from vla_jax.data.contract import compute_contract
-from vla_jax.data.episode import decode_jpeg, encode_jpeg
+from vla_jax.data.episode import decode_into, decode_jpeg, encode_jpeg, fit_picture
 from vla_jax.data.rlds import open_rlds, write_rlds
 from vla_jax.errors import UserError
 
@@ -93,9 +94,26 @@ def test_colours_survive_jpeg():
     assert difference.max() < 40 and difference.mean() < 4
 
 
-def test_broken_picture_is_an_error():
-    with pytest.raises(UserError, match="damaged"):
-        decode_jpeg(b"not a picture")
+def test_a_broken_picture_is_an_error(episode):
+    jpeg, place = encode_jpeg(episode(0).images["front"][0]), np.zeros_like(episode(0).images["front"][0])
+    for broken in (b"not a picture", jpeg[: len(jpeg) // 2], jpeg[:12]):
+        with pytest.raises(UserError, match="damaged"):
+            decode_jpeg(broken)
+        with pytest.raises(UserError, match="damaged"):
+            decode_into(place, broken)
+
+
+def test_pictures_are_decoded_into_their_place(episode):
+    image = episode(0).images["front"][0]
+    png = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
+    for encoded, expected in ((encode_jpeg(image), decode_jpeg(encode_jpeg(image))), (png, image)):
+        batch = np.zeros((2, *image.shape), np.uint8)
+        decode_into(batch[1], encoded)
+        np.testing.assert_array_equal(batch[1], expected)
+        assert not batch[0].any()
+        smaller = np.zeros((8, 8, 3), np.uint8)
+        decode_into(smaller, encoded)
+        np.testing.assert_array_equal(smaller, fit_picture(expected, (8, 8)))
 
 
 def failing(episode, count):

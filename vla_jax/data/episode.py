@@ -6,12 +6,14 @@ from typing import Any
 
 import cv2
 import numpy as np
+import simplejpeg
 from jaxtyping import Float, UInt8
 
 from vla_jax.data.interface import Interface
 from vla_jax.errors import UserError
 
 JPEG_QUALITY = 95
+DAMAGED = "a picture of the dataset is damaged: collect, convert or copy the dataset again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +92,28 @@ def encode_jpeg(image: UInt8[np.ndarray, "H W 3"]) -> bytes:
 
 
 def decode_jpeg(jpeg: bytes) -> UInt8[np.ndarray, "H W 3"]:
-    """JPEG to RGB picture. Raises UserError if the bytes are not a picture."""
+    """JPEG, or what else OpenCV reads, to RGB picture. Raises UserError if the bytes are not a whole picture."""
+    try:
+        if simplejpeg.is_jpeg(jpeg):
+            return simplejpeg.decode_jpeg(jpeg, "RGB")
+    except ValueError as error:
+        raise UserError(DAMAGED) from error
     image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB)
     if image is None:
-        raise UserError("a picture of the dataset is damaged: collect or copy the dataset again")
+        raise UserError(DAMAGED)
     return image
+
+
+def decode_into(place: UInt8[np.ndarray, "h w 3"], jpeg: bytes) -> None:
+    """`decode_jpeg` into an array; a picture of another size is made to fit (`fit_picture`)."""
+    try:
+        if simplejpeg.is_jpeg(jpeg) and simplejpeg.decode_jpeg_header(jpeg)[:2] == place.shape[:2]:
+            simplejpeg.decode_jpeg(jpeg, "RGB", buffer=place)  # no copy
+            return
+    except ValueError as error:
+        raise UserError(DAMAGED) from error
+    picture = decode_jpeg(jpeg)
+    place[...] = picture if picture.shape == place.shape else fit_picture(picture, place.shape[:2])
 
 
 def fit_picture(image: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:

@@ -23,7 +23,7 @@ from vla_jax.data import tokenizer as tokenizers
 from vla_jax.data.balance import drawn_by_weight, episode_weights
 from vla_jax.data.contract import Contract, compute_contract
 from vla_jax.data.dataset import Dataset, open_dataset
-from vla_jax.data.episode import StoredEpisode, decode_jpeg, fit_picture
+from vla_jax.data.episode import StoredEpisode, decode_into
 from vla_jax.data.mixture import MixedDataset, describe_members, mixture_contract
 from vla_jax.errors import UserError
 
@@ -179,21 +179,19 @@ class BatchReader:
             step = int(number - (self._ends[position - 1] if position else 0))
             episode = self._read(episode_id)
             for view, pictures in batch["images"].items():
-                pictures[row] = self._picture(episode, view, episode_id, step)
+                self._read_picture(pictures[row], episode, view, episode_id, step)
             batch["state"][row] = episode.state[step]
             batch["tokens"][row], batch["token_mask"][row] = self._encode(episode.instruction)
             batch["actions"][row], batch["action_mask"][row] = action_chunk(episode.actions, step, self._chunk)
             batch["episode"][row], batch["step"][row] = episode_id, step
         return batch
 
-    def _picture(self, episode, view, episode_id, step):
+    def _read_picture(self, place, episode, view, episode_id, step):
         try:
-            picture = decode_jpeg(episode.images[view][step])
+            decode_into(place, episode.images[view][step])
         except UserError as error:
             name = self._dataset.episode_names[episode_id]
             raise UserError(f"view {view} of step {step} of {name} in {self._dataset.directory}: {error}") from error
-        size = self._contract.images[view]
-        return picture if picture.shape[:2] == size else fit_picture(picture, size)
 
     def _encode(self, instruction):
         if instruction not in self._tokens:
