@@ -28,8 +28,8 @@ def open_loader(contract):
     """Opens loaders and closes them after the test."""
     opened = []
 
-    def open_one(config, *process):
-        opened.append(make_loader(config, contract, *process))
+    def open_one(config, *process, **more):
+        opened.append(make_loader(config, contract, *process, **more))
         return opened[-1]
 
     yield open_one
@@ -93,6 +93,14 @@ def test_content(open_loader, config, episodes, contract):
                 assert batch["action_mask"][row, ahead] == inside
                 expected = episode.actions[step + ahead] if inside else episode.actions[-1]
                 np.testing.assert_array_equal(batch["actions"][row, ahead], expected)
+
+
+def test_only_the_views_that_are_asked_for_are_read(open_loader, config):
+    every, batch = next(open_loader(config)), next(open_loader(config, views=("wrist",)))
+    assert list(batch["images"]) == ["wrist"]
+    np.testing.assert_array_equal(batch["images"]["wrist"], every["images"]["wrist"])
+    with pytest.raises(UserError, match="no view 'top': they have front, wrist"):
+        open_loader(config, views=("top",))
 
 
 def test_padding_occurs_at_the_end_only(open_loader, config):

@@ -126,7 +126,7 @@ class EpisodeCache:
 class BatchReader:
     """Turns step numbers into a batch. Step numbers count the steps of the chosen episodes in order."""
 
-    def __init__(self, dataset: Dataset, contract: Contract, config: DataConfig):
+    def __init__(self, dataset: Dataset, contract: Contract, config: DataConfig, views: Sequence[str] | None = None):
         held_out = held_out_episodes(dataset.episode_names, config.held_out_fraction)
         self.episodes = np.flatnonzero(held_out if config.split == "held_out" else ~held_out)
         if len(self.episodes) == 0:
@@ -137,6 +137,7 @@ class BatchReader:
         self._ends = np.cumsum(dataset.lengths[self.episodes])
         self._dataset = dataset
         self._contract = contract
+        self._sizes = contract.images if views is None else {view: contract.images[view] for view in views}
         self._chunk = config.chunk
         self._max_bytes = config.cache_mb * 2**20
         self._start()
@@ -164,7 +165,7 @@ class BatchReader:
         """Reads one batch; the module's brief and `make_loader` tell its shapes."""
         contract, size = self._contract, len(steps)
         batch = {
-            "images": {view: np.empty((size, *shape, 3), np.uint8) for view, shape in contract.images.items()},
+            "images": {view: np.empty((size, *shape, 3), np.uint8) for view, shape in self._sizes.items()},
             "state": np.empty((size, len(contract.state_names)), np.float32),
             "tokens": np.empty((size, contract.max_tokens), np.int32),
             "token_mask": np.empty((size, contract.max_tokens), bool),
@@ -269,8 +270,14 @@ class Loader(grain.DatasetIterator):
         super().close()
 
 
-def make_loader(config: DataConfig, contract: Contract, process_index: int = 0, process_count: int = 1) -> Loader:
-    """Batches of this process, shuffled anew every epoch, without end.
+def make_loader(
+    config: DataConfig,
+    contract: Contract,
+    process_index: int = 0,
+    process_count: int = 1,
+    views: Sequence[str] | None = None,
+) -> Loader:
+    """Batches of this process, shuffled anew every epoch, without end. views: which are read and decoded; None: all.
 
     A batch is a dictionary of NumPy arrays, B = batch_size / process_count:
         images: {view: uint8[B, H, W, 3]}, RGB
@@ -280,12 +287,15 @@ def make_loader(config: DataConfig, contract: Contract, process_index: int = 0, 
         episode, step: int32[B], where the sample comes from
 
     Raises:
-        UserError: no such dataset, it does not fit the contract, the split is empty, or a batch cannot be divided.
+        UserError: no such dataset, it does not fit the contract or lacks a view, the split is empty, or a batch cannot
+            be divided.
     """
+    if absent := [view for view in views or () if view not in contract.images]:
+        raise UserError(f"the data have no view {absent[0]!r}: they have {', '.join(contract.images)}")
     if config.batch_size % process_count:
         raise UserError(f"data.batch_size {config.batch_size} cannot be divided among {process_count} processes")
     dataset = open_data(config, contract)
-    reader = BatchReader(dataset, contract, config)
+    reader = BatchReader(dataset, contract, config, views)
     if config.balance and not config.weights:
         raise UserError("data.balance needs data.weights: the file that python -m experiments.balance writes")
     if config.balance:

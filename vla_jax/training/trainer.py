@@ -162,7 +162,7 @@ def _make_data(config: TrainConfig, contract: Contract, split: str):
     process, data = (jax.process_index(), jax.process_count()), None
     if config.loss.demonstrations:
         settings = config.data if split == "train" else dataclasses.replace(config.data, split=split, workers=0)
-        data = make_loader(settings, contract, *process)
+        data = make_loader(settings, contract, *process, views=config.policy.views)
     if not config.questions.batch_size:
         return data
     world = World.of(contract, config.eval)
