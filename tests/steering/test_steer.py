@@ -118,6 +118,20 @@ def test_a_random_direction_is_no_help_but_as_strong(steered, memory):
     assert gain[0.0] > 0.04 and gain[1.0] < 0.3 * gain[0.0]
 
 
+def test_without_the_policy_the_gradient_alone_moves_an_open_hand(policy, steered, memory):
+    still = steered(ONE, memory, Arm(alone=1.0))[0]
+    np.testing.assert_allclose(still, np.broadcast_to([0, 0, 0, 0, 0.08], still.shape), atol=1e-6)
+    alone, other = (steered(ONE, memory, Arm(guide=8.0, alone=1.0), key)[0] for key in (KEY, jax.random.key(9)))
+    np.testing.assert_array_equal(alone, other, "nothing is left to chance")
+    np.testing.assert_allclose(alone[..., 3:], still[..., 3:], atol=1e-6)
+    start = np.linalg.norm(TCP - GOAL)
+    assert np.linalg.norm(end(alone) - GOAL) < 0.5 * start
+    guided = steered(ONE, memory, Arm(guide=8.0))[0]
+    assert np.abs(alone - guided).max() > 0.01, "the policy's part"
+    far = steered(ONE, memory, Arm(guide=1e3, alone=1.0))[0]
+    assert np.abs(policy.normalizer.normalize_action(far)).max() < 1 + 1e-5
+
+
 def test_the_best_particle_is_executed(steered, memory):
     """Of the policy's own samples: particle 0 is that of one particle, and selection only improves on it."""
     first, best = (steered(MANY, memory, Arm(select=select)) for select in (0.0, 1.0))

@@ -1,6 +1,8 @@
 """The study of arms: which scenes run together, whom a wrong reward names, what the table says."""
 
 import dataclasses
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -16,13 +18,16 @@ from vla_jax.steering.steer import SteerConfig, remember_nothing
 from vla_jax.steering.study import (
     ARMS,
     SINGLE,
+    SteerStudy,
     SteerStudyConfig,
     batches,
     by_structure,
     not_finite,
     wrong_targets,
 )
+from vla_jax.steering.writer import Stored
 
+ROOT = Path(__file__).parents[2]
 REACH = '{"stages": [{"name": "reach", "terms": [{"term": "distance", "keypoint": 0}]}]}'
 RISE = (
     '{"stages": [{"name": "rise", "terms": [{"term": "height", "height": 0.2}, {"term": "distance", "keypoint": 0}]}]}'
@@ -47,25 +52,48 @@ def test_a_wrong_target_is_a_third_object_where_there_is_one():
 
 def test_arms_differ_in_what_acts():
     config = SteerStudyConfig(guide=8.0, repel=3.0)
-    assert dataclasses.astuple(config.arm("base")) == (0, 0, 0, 0, 0)
-    assert dataclasses.astuple(config.arm("best_of_n")) == (0, 0, 0, 1, 0)
-    assert dataclasses.astuple(config.arm("random")) == (8, 1, 0, 0, 0)
+    assert dataclasses.astuple(config.arm("base")) == (0, 0, 0, 0, 0, 0)
+    assert dataclasses.astuple(config.arm("best_of_n")) == (0, 0, 0, 1, 0, 0)
+    assert dataclasses.astuple(config.arm("random")) == (8, 1, 0, 0, 0, 0)
+    assert dataclasses.astuple(config.arm("reward_only")) == (8, 0, 0, 0, 0, 1)
     assert (
         dataclasses.astuple(config.arm("wrong_target"))
         == dataclasses.astuple(config.arm("gradient"))
-        == (8, 0, 0, 0, 0)
+        == (8, 0, 0, 0, 0, 0)
     )
-    assert dataclasses.astuple(config.arm("full")) == (8, 0, 3, 1, 1)
+    assert dataclasses.astuple(config.arm("full")) == (8, 0, 3, 1, 1, 0)
     assert len({dataclasses.astuple(config.arm(name)) for name in ARMS}) == len(ARMS) - 1
     assert all(not config.arm(name).select for name in SINGLE)
     for wrong, message in (
         ({"arms": ("besst",)}, "unknown 'besst'"),
         ({"shifts": ("rotated",)}, "unknown 'rotated'"),
         ({"steer": SteerConfig(norm="clip")}, "the arm 'random'"),
+        ({"steer": SteerConfig(inner=1)}, "the arm 'reward_only'"),
         ({"scenes": 0}, "scenes is 0"),
     ):
         with pytest.raises(UserError, match=message):
             SteerStudyConfig(**wrong)
+
+
+def run_alone(policy, contract, task, text):
+    """How `reward_only` ends in four scenes of a task in which the keypoints are those of the instruction's object."""
+    contract = dataclasses.replace(contract, facts={**contract.facts, "task": task})
+    config = SteerStudyConfig(("in_distribution",), ("reward_only",), scenes=4, batch=4, guide=5.0)
+    return SteerStudy(policy, contract, config, Stored(text)).run("in_distribution", "reward_only")
+
+
+def test_the_reward_alone_reaches_what_its_keypoint_names(policy, contract):
+    text = (ROOT / "configs/steering/reach.json").read_text()
+    assert run_alone(policy, contract, "reach", text)["success"] == [True] * 4
+
+
+@pytest.mark.slow
+def test_the_reward_alone_cannot_grasp(policy, contract):
+    """It brings the open hand to the object, and there the fingers stay as they are."""
+    term = {"term": "distance", "keypoint": "{target}", "offset": [0, 0, -0.01]}
+    text = json.dumps({"stages": [{"name": "come", "terms": [term]}]})
+    found = run_alone(policy, contract, "pick", text)
+    assert found["success"] == [False] * 4 and max(found["distance"]) < 0.06
 
 
 def test_what_is_not_finite_is_named(policy):

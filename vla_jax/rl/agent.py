@@ -169,8 +169,8 @@ def td_target(
     return jax.lax.stop_gradient(reward + discount * next_values.min(0))
 
 
-def td_loss(values: Float[Array, "M B"], target: Float[Array, " B"]) -> Float[Array, ""]:
-    """Half the squared error, mean over the batch, sum over the critics."""
+def td_loss(values: Float[Array, "M B"], target: Float[Array, "*M B"]) -> Float[Array, ""]:
+    """Half the squared error, mean over the batch, sum over the critics. target: for all of them, or each its own."""
     return 0.5 * jnp.square(values - target).mean(-1).sum()
 
 
@@ -272,7 +272,7 @@ class NoiseAliased(Sac):
         chunk = self.judged(weights, batch.observation, noise)
         wanted = jax.lax.stop_gradient(self.network("critic", params["critic"])(features, chunk))
         values = self.network("noise_critic", params["noise_critic"])(features, noise)
-        return 0.5 * jnp.square(values - wanted).mean(-1).sum()
+        return td_loss(values, wanted)
 
 
 class Search(Agent):

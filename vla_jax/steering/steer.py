@@ -80,6 +80,8 @@ class Arm:
     guide: weight of the reward's gradient. random: 1 replaces it by a random direction of the same norm (for
     norm = "particle"). repel: weight. select: 1 executes the particle of the highest reward, 0 particle 0.
     resample: 1 draws particles anew on the way (with select = 1).
+    alone: 1 leaves the policy out, as a control. A chunk starts as no motion with an open hand instead of noise, no
+    velocity but the steering's moves it, and it stays within what normalises to [-1, 1].
     """
 
     guide: float = 0.0
@@ -87,6 +89,7 @@ class Arm:
     repel: float = 0.0
     select: float = 0.0
     resample: float = 0.0
+    alone: float = 0.0
 
 
 @jax.tree_util.register_dataclass
@@ -151,6 +154,11 @@ class Decoder:
         moved = jnp.cumsum(actions[..., np.array(self.moves)], -2)
         return tcp + jnp.concatenate([jnp.zeros_like(moved[..., :1, :]), moved], -2)
 
+    def still(self, high: Float[Array, " A"]) -> Float[Array, " A"]:
+        """The action (SI) that keeps the hand where it is, opened as widely as in the data."""
+        still = jnp.zeros_like(high)
+        return still if self.opening is None else still.at[self.opening].set(high[self.opening])
+
     def closed(self, actions: Float[Array, "C A"], high: Float[Array, " A"]) -> Array:
         """Whether the gripper was last told to close: below half of the widest opening in the data."""
         return jnp.bool_(False) if self.opening is None else actions[-1, self.opening] < high[self.opening] / 2
@@ -182,9 +190,8 @@ def act(
     view = View(now, jnp.where(own.chunks == 0, now, own.origin))
     tcp = jnp.asarray(observation["state"])[0, np.array(decoder.place)]
     executed = policy.normalizer.denormalize_action(own.previous)[:execute]
-    closed = jnp.where(
-        own.chunks == 0, False, decoder.closed(executed, jnp.asarray(policy.facts.action_high, jnp.float32))
-    )
+    high = jnp.asarray(policy.facts.action_high, jnp.float32)
+    closed = jnp.where(own.chunks == 0, False, decoder.closed(executed, high))
     asks = {} if switcher is None else {"switcher": switcher.of(own.scene, observation["images"]["front"][0])}
     loop = look(config.loop, own.loop, own.program, view, tcp, closed, **asks)
 
@@ -195,13 +202,14 @@ def act(
         return jax.vmap(jax.vmap(lambda path: own.program.reward(view, path, loop.stage)))(paths(x))
 
     conditions = _read(policy, config, observation, tokens, token_mask)
-    field, bend = _field(policy, config, conditions, own, execute)
+    field, bend = _field(policy, config, conditions, own, execute, 1 - arm.alone)
     noise_key, steer_key = jax.random.split(jax.random.fold_in(key, 1))
     noise = jax.random.normal(key, (1, *own.previous.shape)) if source is None else source(conditions["posterior"], key)
     others = jax.random.normal(noise_key, (config.particles - 1, *own.previous.shape))
-    noise = jnp.concatenate([noise, others])[None]
-    steer = _steering(config, arm, field, reward, paths, strength(config.loop, loop), noise.shape, steer_key)
-    chunk = solve(field, noise, steps=config.steps, method=config.method, transform=chain(bend, steer))[0, 0]
+    still = policy.normalizer.normalize_action(decoder.still(high))
+    start = (1 - arm.alone) * jnp.concatenate([noise, others])[None] + arm.alone * still
+    steer = _steering(config, arm, field, reward, paths, strength(config.loop, loop), start.shape, steer_key)
+    chunk = solve(field, start, steps=config.steps, method=config.method, transform=chain(bend, steer))[0, 0]
     loop = remember(config.loop, loop, reward(chunk[None, None], 1.0)[0, 0])
     after = dataclasses.replace(own, origin=view.start, previous=chunk, chunks=own.chunks + 1, loop=loop)
     return policy.normalizer.denormalize_action(chunk)[None], jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], after)
@@ -214,10 +222,22 @@ def _read(policy: Policy, config: SteerConfig, observation, tokens, token_mask) 
 
 
 def _field(
-    policy: Policy, config: SteerConfig, conditions: dict[str, Condition], own: Memory, execute: int
+    policy: Policy,
+    config: SteerConfig,
+    conditions: dict[str, Condition],
+    own: Memory,
+    execute: int,
+    share: Float[Array, ""],
 ) -> tuple[Field, Transform]:
-    """The velocity field, and what bends it before any steering: extrapolation, and the chunk before."""
-    fields = {name: policy.field(condition) for name, condition in conditions.items()}
+    """The velocity field, and what bends it before any steering: extrapolation, and the chunk before.
+
+    share: 1, or 0 for a policy that is left out; it multiplies every velocity of the policy.
+    """
+
+    def shared(field):
+        return lambda x, t: share * field(x, t)
+
+    fields = {name: shared(policy.field(condition)) for name, condition in conditions.items()}
     field, bends = fields["posterior"], []
     if config.extrapolate is not None:
         bends.append(extrapolate(fields["prior"], config.extrapolate))
@@ -233,7 +253,10 @@ def _field(
 
 
 def _steering(config: SteerConfig, arm: Arm, field, reward, paths, amount, shape, key) -> Transform:
-    """Repulsion, guidance and resampling."""
+    """The bounds of a chunk without the policy, repulsion, guidance and resampling."""
+    # What the policy has learned keeps its chunks within the data; the gradient knows no bounds.
+    limit = jnp.where(arm.alone > 0, 1.0, jnp.inf)
+    bounded = Transform(lambda noise: (), lambda x, v, t, state: (jnp.clip(x, -limit, limit), v, state))
     direction_key, draw_key, inner_key = jax.random.split(key, 3)
     direction = jax.random.normal(direction_key, shape)
 
@@ -271,4 +294,4 @@ def _steering(config: SteerConfig, arm: Arm, field, reward, paths, amount, shape
         threshold=config.threshold,
         end="best",
     )
-    return chain(apart, push, drawn)
+    return chain(bounded, apart, push, drawn)

@@ -33,7 +33,7 @@ from vla_jax.steering.terms import View
 from vla_jax.steering.writer import Request, Writer, find_json, make_prompt
 
 TARGET = "{target}"  # in a stored program: the name of the commanded object
-SINGLE = ("base", "random", "wrong_target", "gradient")  # arms of one particle
+SINGLE = ("base", "random", "wrong_target", "reward_only", "gradient")  # arms of one particle
 ARMS = (*SINGLE, "best_of_n", "repel_best", "gradient_repel", "gradient_resample", "full")
 
 
@@ -69,6 +69,8 @@ class SteerStudyConfig:
                 raise UserError(f"{what} has an unknown {unknown[0]!r}: choose among {', '.join(known)}")
         if "random" in self.arms and self.steer.norm != "particle":
             raise UserError("the arm 'random' has the gradient's norm only by steer.norm = 'particle': set it")
+        if "reward_only" in self.arms and self.steer.inner:
+            raise UserError("the arm 'reward_only' has no noise to go back to: set steer.inner = 0, or leave it out")
         for name in ("scenes", "batch", "execute"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
@@ -81,6 +83,7 @@ class SteerStudyConfig:
             repel=self.repel if name in ("repel_best", "gradient_repel", "full") else 0.0,
             select=float(name not in SINGLE),
             resample=float(name in ("gradient_resample", "full")),
+            alone=float(name == "reward_only"),
         )
 
 
