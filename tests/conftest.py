@@ -1,9 +1,16 @@
 """What holds for all tests."""
 
 import gc
+import os
 
 import jax
 import pytest
+
+# A test runs a program once or twice, so nearly all of its time would go into compiling it well. Read when JAX starts,
+# here and in the processes that tests start; flags given by hand come last and win.
+os.environ["XLA_FLAGS"] = " ".join(
+    ("--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false", os.environ.get("XLA_FLAGS", ""))
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
