@@ -1,9 +1,25 @@
 """What holds for all tests."""
 
 import gc
+import os
 
 import jax
 import pytest
+
+from vla_jax.platform import setup_compilation_cache
+
+# A test runs a program once or twice, so nearly all of its time would go into compiling it well. Read when JAX starts,
+# here and in the processes that tests start; flags given by hand come last and win.
+os.environ["XLA_FLAGS"] = " ".join(
+    ("--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false", os.environ.get("XLA_FLAGS", ""))
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """The same small programs are compiled by many modules, some in other processes: compile each once."""
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+    setup_compilation_cache()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -37,7 +37,6 @@ from vla_jax.models.expert import ExpertConfig
 from vla_jax.models.policy import PolicyConfig
 from vla_jax.models.trunk import TrunkConfig
 from vla_jax.models.vision import VisionConfig
-from vla_jax.platform import setup_compilation_cache
 from vla_jax.steering.steer import SteerConfig
 from vla_jax.steering.study import SteerStudyConfig
 from vla_jax.training.checkpoints import load_policy
@@ -48,16 +47,6 @@ from vla_jax.training.trainer import train
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SPLITS = ("in_distribution", "swapped", "blank")
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """The notebooks' processes run programs that this one has compiled."""
-    with pytest.MonkeyPatch.context() as patch:
-        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-            patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        setup_compilation_cache()
-        yield
 
 
 def tiny_comparison() -> CompareConfig:
@@ -86,7 +75,7 @@ def tiny_comparison() -> CompareConfig:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, cache) -> list[Path]:
+def runs(tmp_path_factory) -> list[Path]:
     """A whole comparison at the smallest size."""
     place = tmp_path_factory.mktemp("runs")
     run(tiny_comparison(), place)
@@ -151,7 +140,7 @@ def test_a_study_grows_cell_by_cell(runs, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a worker needs a core")
-def test_a_study_is_spread_over_workers(cache, tmp_path):
+def test_a_study_is_spread_over_workers(tmp_path):
     arm = dataclasses.replace(tiny_comparison().arms["full"], steps=3, checkpoint_every=3)
     fails = dataclasses.replace(arm, data=dataclasses.replace(arm.data, held_out_fraction=0.999))
     config = StudyConfig(tiny_comparison().collect, {"a": arm, "fails": fails, "b": arm}, rhos=(0.3,), seeds=1)

@@ -20,9 +20,8 @@ from vla_jax.errors import UserError
 EPISODES = 3000
 
 
-# Compiling is what takes time here: the tests share few programs, compiled without optimisation.
-QUICK = {"xla_backend_optimization_level": 0}
-valid_commands = jax.jit(valid_commands, static_argnums=0, compiler_options=QUICK)
+# Compiling is what takes time here: the tests share few programs.
+valid_commands = jax.jit(valid_commands, static_argnums=0)
 
 
 @functools.cache
@@ -32,10 +31,10 @@ def draw(coupling, objects=3):
     def episode(key):
         return sample_episode(key, "push", BiasConfig(coupling, 0.1), SceneConfig(objects))
 
-    return jax.jit(jax.vmap(episode), compiler_options=QUICK)(jax.random.split(jax.random.key(1), EPISODES))
+    return jax.jit(jax.vmap(episode))(jax.random.split(jax.random.key(1), EPISODES))
 
 
-@functools.partial(jax.jit, static_argnums=1, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=1)
 def law(scene, bias):
     """Commands, their probabilities, the entropies of target and of command."""
     commands, probability = bias_law.command_distribution("push", scene, bias)

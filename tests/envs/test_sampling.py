@@ -20,10 +20,8 @@ KEYS = jax.random.split(jax.random.key(0), EPISODES)
 NAMES = list(COLORS)
 
 
-# Compiling is what takes time here: the tests share few programs, compiled without optimisation. Pick scenes are drawn
-# as reach scenes are.
-QUICK = {"xla_backend_optimization_level": 0}
-valid_commands = jax.jit(valid_commands, static_argnums=0, compiler_options=QUICK)
+# Compiling is what takes time here: the tests share few programs. Pick scenes are drawn as reach scenes are.
+valid_commands = jax.jit(valid_commands, static_argnums=0)
 DRAWN_FAMILIES = tuple(family for family in FAMILIES if family != "pick")
 
 
@@ -33,7 +31,7 @@ def episode(key, task_name, coupling="background", objects=3, **kinds):
 
 @functools.cache
 def program(*args, **kinds):
-    return jax.jit(jax.vmap(lambda key: episode(key, *args, **kinds)), compiler_options=QUICK)
+    return jax.jit(jax.vmap(lambda key: episode(key, *args, **kinds)))
 
 
 @functools.cache

@@ -26,7 +26,6 @@ FACTS = DataFacts(
     state_low=(-1.0, 0.0),
     state_high=(1.0, 4.0),
 )
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
 CONFIG = PolicyConfig(
     vision=VisionConfig(patch=4, merge=2, width=8, depth=1, heads=2, hidden=16),
     trunk=TrunkConfig(width=16, depth=2, heads=2, kv_heads=1, head_width=8, hidden=24),
@@ -40,7 +39,7 @@ CONFIG = PolicyConfig(
 def made(conditioning):
     config = dataclasses.replace(CONFIG, conditioning=conditioning)
     graph = nnx.split(nnx.eval_shape(lambda: Policy(config, FACTS, nnx.Rngs(0))))[0]
-    return graph, jax.jit(lambda: nnx.split(Policy(config, FACTS, nnx.Rngs(0)))[1], compiler_options=FAST_COMPILE)()
+    return graph, jax.jit(lambda: nnx.split(Policy(config, FACTS, nnx.Rngs(0)))[1])()
 
 
 @pytest.fixture(scope="session")
@@ -57,12 +56,6 @@ def make_policy():
 
     # Copies: a test may set the variables of its policy.
     return lambda conditioning="queries": nnx.merge(*made(conditioning), copy=True)
-
-
-@pytest.fixture(scope="session")
-def compile():
-    """jax.jit that spends little time on optimisation: these programs are small and run a few times."""
-    return functools.partial(jax.jit, compiler_options=FAST_COMPILE)
 
 
 @pytest.fixture(scope="session")

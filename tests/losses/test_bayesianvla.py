@@ -23,11 +23,11 @@ KEY = jax.random.key(0)
 
 
 @pytest.fixture(scope="module")
-def read(policy, compile):
+def read(policy):
     """(state, batch) -> both branches' readings, the word logits, the LLR."""
     graph = nnx.split(policy)[0]
 
-    @compile
+    @jax.jit
     def read(state, batch):
         policy = nnx.merge(graph, state)
         readings = policy.encode(batch["images"], batch["tokens"], batch["token_mask"], BOTH)
@@ -40,10 +40,10 @@ def read(policy, compile):
     return read
 
 
-def gradient(policy, compile, loss):
+def gradient(policy, loss):
     """The gradient of loss(policy) in all parameters, as a nested dictionary."""
     graph, parameters, rest = nnx.split(policy, nnx.Param, ...)
-    return nnx.to_pure_dict(compile(jax.grad(lambda p: loss(nnx.merge(graph, p, rest))))(parameters))
+    return nnx.to_pure_dict(jax.jit(jax.grad(lambda p: loss(nnx.merge(graph, p, rest))))(parameters))
 
 
 def largest(tree):
@@ -72,16 +72,16 @@ def test_02_instruction_given_image_does_not_depend_on_the_queries(read, make_po
 
 
 @pytest.mark.parametrize("detach", [True, False])
-def test_03_prior_flow_matching_trains_the_expert_only(policy, batch, compile, detach):
+def test_03_prior_flow_matching_trains_the_expert_only(policy, batch, detach):
     config = LossConfig(prior_weight=1.0, llr_weight=0.0, detach_prior=detach)
-    found = gradient(policy, compile, lambda policy: objective(policy, batch, KEY, config, initial_gate())[0])
+    found = gradient(policy, lambda policy: objective(policy, batch, KEY, config, initial_gate())[0])
     assert largest(found["expert"]) > 1e-3
     for name in ("vision", "trunk", "queries"):
         assert largest(found[name]) == 0 if detach else largest(found[name]) > 1e-5, name
     assert largest(found["words"]) == 0, "the prior's queries cannot see a word, detached or not"
 
 
-def test_04_llr_has_the_gradient_of_the_language_loss_in_prior_order(policy, batch, compile):
+def test_04_llr_has_the_gradient_of_the_language_loss_in_prior_order(policy, batch):
     tokens, mask = batch["tokens"], batch["token_mask"]
 
     def ratio(policy):
@@ -100,14 +100,14 @@ def test_04_llr_has_the_gradient_of_the_language_loss_in_prior_order(policy, bat
         )
         return each.mean()
 
-    one, other = (gradient(policy, compile, loss) for loss in (ratio, cross_entropy))
+    one, other = (gradient(policy, loss) for loss in (ratio, cross_entropy))
     assert largest(one["queries"]) > 1e-4 and largest(one["expert"]) == 0
     assert_close(one, other)
 
 
-def test_05_llr_is_live_and_fails_loudly_when_no_sample_carries_it(policy, batch, compile):
+def test_05_llr_is_live_and_fails_loudly_when_no_sample_carries_it(policy, batch):
     graph, state = nnx.split(policy)
-    run = compile(lambda state, batch: objective(nnx.merge(graph, state), batch, KEY, LossConfig(), initial_gate()))
+    run = jax.jit(lambda state, batch: objective(nnx.merge(graph, state), batch, KEY, LossConfig(), initial_gate()))
     loss, (terms, _) = run(state, batch)
     llr = terms["llr"]
     assert np.isfinite(float(loss)) and abs(float(llr.value)) > 1e-4
@@ -124,10 +124,10 @@ def test_05_llr_is_live_and_fails_loudly_when_no_sample_carries_it(policy, batch
         check_terms(terms)
 
 
-def test_06_the_packed_pass_equals_two_passes(policy, batch, compile):
+def test_06_the_packed_pass_equals_two_passes(policy, batch):
     graph, state = nnx.split(policy)
 
-    @compile
+    @jax.jit
     def both(state):
         policy = nnx.merge(graph, state)
         inputs = batch["images"], batch["tokens"], batch["token_mask"]
@@ -141,7 +141,7 @@ def test_06_the_packed_pass_equals_two_passes(policy, batch, compile):
         np.testing.assert_allclose(packed[name].predictors[mask], apart[name].predictors[mask], atol=1e-5)
 
 
-def test_07_without_prior_and_llr_it_is_the_queries_only_arm(policy, batch, compile, noise_keys):
+def test_07_without_prior_and_llr_it_is_the_queries_only_arm(policy, batch, noise_keys):
     config = LossConfig(prior_weight=0.0, llr_weight=0.0, noise_draws=2)
 
     def queries_only(policy):
@@ -159,9 +159,9 @@ def test_07_without_prior_and_llr_it_is_the_queries_only_arm(policy, batch, comp
         return objective(policy, batch, KEY, config, initial_gate())[0]
 
     graph, state = nnx.split(policy)
-    losses = compile(lambda state: (full(nnx.merge(graph, state)), queries_only(nnx.merge(graph, state))))(state)
+    losses = jax.jit(lambda state: (full(nnx.merge(graph, state)), queries_only(nnx.merge(graph, state))))(state)
     assert np.isclose(*losses, rtol=1e-5)
-    one, other = (gradient(policy, compile, loss) for loss in (full, queries_only))
+    one, other = (gradient(policy, loss) for loss in (full, queries_only))
     assert largest(one["queries"]) > 1e-5
     assert_close(one, other)
 
@@ -231,13 +231,13 @@ class Mixture:
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.3, 2.0])
-def test_10_action_information_of_a_known_mixture(compile, spread):
+def test_10_action_information_of_a_known_mixture(spread):
     random = np.random.default_rng(0)
     mixture = Mixture(spread * np.array([[1.0, 0], [0, 1], [-1, -1]]), np.array([0.2, 0.3, 0.5]), 0.3)
     labels = random.choice(3, 200, p=mixture.weights)
     actions = (mixture.means[labels] + 0.3 * random.normal(size=(200, 2))).astype(np.float32)
     known = mixture.information(actions, labels)
-    likelihood = compile(
+    likelihood = jax.jit(
         lambda *labels: relative_log_likelihood(mixture.field(*labels), actions[:, None], KEY, draws=2000)
     )
     estimate = np.asarray(likelihood(labels) - likelihood())

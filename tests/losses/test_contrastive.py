@@ -20,11 +20,11 @@ CONFIG = LossConfig(prior_weight=0.0, llr_weight=0.0, contrastive_weight=0.5)
 
 
 @pytest.fixture(scope="module")
-def run(make_policy, compile):
+def run(make_policy):
     """(policy, batch) -> the objective's terms."""
     graph = nnx.split(make_policy())[0]
 
-    @compile
+    @jax.jit
     def run(state, batch):
         return objective(nnx.merge(graph, state), batch, KEY, CONFIG, initial_gate())[1][0]
 
@@ -75,11 +75,11 @@ def test_a_policy_that_ignores_the_words_is_at_log_2(run, make_policy, batch):
 
 
 @pytest.mark.parametrize("conditioning", ["queries", "tokens"])
-def test_the_packed_negative_is_the_posterior_of_the_other_instruction(make_policy, batch, compile, conditioning):
+def test_the_packed_negative_is_the_posterior_of_the_other_instruction(make_policy, batch, conditioning):
     branches = ALL if conditioning == "queries" else ALL[1:]
     graph, state = nnx.split(make_policy(conditioning))
 
-    @compile
+    @jax.jit
     def both(state):
         policy, other = nnx.merge(graph, state), negatives(batch["tokens"], batch["token_mask"])[0]
         own = batch["images"], batch["tokens"], batch["token_mask"]
@@ -94,10 +94,10 @@ def test_the_packed_negative_is_the_posterior_of_the_other_instruction(make_poli
         np.testing.assert_array_equal(valid, True if apart[name].valid is None else apart[name].valid)
 
 
-def test_only_the_words_differ_between_the_two_errors(run, policy, batch, compile, noise_keys):
+def test_only_the_words_differ_between_the_two_errors(run, policy, batch, noise_keys):
     graph, state = nnx.split(policy)
 
-    @compile
+    @jax.jit
     def written_out(state):
         """Two separate passes, with the same noise and times."""
         policy, actions = nnx.merge(graph, state), batch["actions"]
@@ -115,11 +115,11 @@ def test_only_the_words_differ_between_the_two_errors(run, policy, batch, compil
     assert np.isclose(float(run(policy, batch)["contrastive"].value), float(written_out(state)), atol=1e-5)
 
 
-def test_turning_the_batch_changes_nothing(policy, batch, compile):
+def test_turning_the_batch_changes_nothing(policy, batch):
     """Every sample keeps its neighbour; with its noise it keeps its value."""
     graph, state = nnx.split(policy)
 
-    @compile
+    @jax.jit
     def values(state, batch, draws):
         policy = nnx.merge(graph, state)
         other, _ = negatives(batch["tokens"], batch["token_mask"])

@@ -31,11 +31,11 @@ def chunk():
 
 
 @pytest.fixture(scope="module")
-def read(policy, compile):
+def read(policy):
     """(batch, chunk) -> word logits of all branches, packed."""
     graph, state = nnx.split(policy)
 
-    @compile
+    @jax.jit
     def packed(state, batch, chunk):
         policy = nnx.merge(graph, state)
         readings = policy.encode(batch["images"], batch["tokens"], batch["token_mask"], ALL, chunk)
@@ -44,12 +44,12 @@ def read(policy, compile):
     return lambda batch, chunk: packed(state, batch, chunk)
 
 
-def test_the_branches_packed_are_the_branches_alone(policy, read, batch, chunk, compile):
+def test_the_branches_packed_are_the_branches_alone(policy, read, batch, chunk):
     packed, valid = read(batch, chunk), batch["token_mask"]
     graph, state = nnx.split(policy)
     for name in ALL:
 
-        @compile
+        @jax.jit
         def alone(state, name=name):
             policy = nnx.merge(graph, state)
             reading = policy.encode(
@@ -80,7 +80,7 @@ def test_a_recorded_chunk_is_clean_or_on_the_path():
     assert abs(float(noise.std()) - 1) < 0.1
 
 
-def test_the_policy_is_judged_by_a_reader_that_does_not_learn_from_it(policy, batch, compile):
+def test_the_policy_is_judged_by_a_reader_that_does_not_learn_from_it(policy, batch):
     graph, params, rest = nnx.split(policy, nnx.Param, ...)
 
     def aimed(params):
@@ -91,7 +91,7 @@ def test_the_policy_is_judged_by_a_reader_that_does_not_learn_from_it(policy, ba
         chunk = predicted_chunk(policy, condition, actions, jax.random.split(KEY, len(actions)))
         return read_back(policy, chunk, batch, batch["token_mask"]).sum()
 
-    gradient = nnx.to_pure_dict(compile(jax.grad(aimed))(params))
+    gradient = nnx.to_pure_dict(jax.jit(jax.grad(aimed))(params))
     largest = {name: max(float(jnp.abs(g).max()) for g in jax.tree.leaves(part)) for name, part in gradient.items()}
     assert largest["reader"] == 0
     assert all(largest[name] > 1e-6 for name in ("expert", "trunk", "queries", "vision"))
@@ -108,10 +108,10 @@ def test_the_estimate_converges_to_the_information(policy, fit, synthetic, keep)
     assert abs(np.mean(found[-100:]) - expected) < 0.06, (np.mean(found[-100:]), expected)
 
 
-def test_every_term_is_there_and_has_its_weight(policy, batch, compile):
+def test_every_term_is_there_and_has_its_weight(policy, batch):
     config = LossConfig(language_weight=0.2, reader_weight=0.3, reader_noise=True, pmi_weight=0.4)
     graph, state = nnx.split(policy)
-    loss, (terms, _) = compile(lambda s: objective(nnx.merge(graph, s), batch, KEY, config, initial_gate()))(state)
+    loss, (terms, _) = jax.jit(lambda s: objective(nnx.merge(graph, s), batch, KEY, config, initial_gate()))(state)
     weights = {name: round(float(term.weight), 6) for name, term in terms.items()}
     assert (weights["language"], weights["reader"], weights["pmi"], weights["information"]) == (0.2, 0.3, -0.4, 0.0)
     assert np.isclose(float(loss), sum(float(term.weight * term.value) for term in terms.values()), atol=1e-5)

@@ -89,14 +89,14 @@ def test_only_terms_with_a_weight_can_fail():
 
 
 @pytest.fixture(scope="module")
-def run(make_policy, compile):
+def run(make_policy):
     def run(batch, config, conditioning="queries", gate_state=None):
         graph, state = nnx.split(make_policy(conditioning))
 
         def loss(state, batch, gate_state):
             return objective(nnx.merge(graph, state), batch, KEY, config, gate_state)
 
-        return compile(loss)(state, batch, gate_state or initial_gate())
+        return jax.jit(loss)(state, batch, gate_state or initial_gate())
 
     return run
 
@@ -146,11 +146,11 @@ def test_wrong_settings_are_named():
             LossConfig(**wrong)
 
 
-def test_the_whole_objective_goes_down(make_policy, compile, batch):
+def test_the_whole_objective_goes_down(make_policy, batch):
     graph, parameters, rest = nnx.split(make_policy(), nnx.Param, ...)
     optimizer = optax.adam(3e-3)
 
-    @compile
+    @jax.jit
     def train(parameters):
         def step(carry, key):
             parameters, state = carry

@@ -10,10 +10,10 @@ from vla_jax.losses.objective import LossConfig
 KEY = jax.random.key(0)
 
 
-def test_the_words_branch_does_not_see_the_picture(policy, batch, compile):
+def test_the_words_branch_does_not_see_the_picture(policy, batch):
     graph, state = nnx.split(policy)
 
-    @compile
+    @jax.jit
     def read(state, batch):
         policy = nnx.merge(graph, state)
         readings = policy.encode(batch["images"], batch["tokens"], batch["token_mask"], ("prior", "posterior", "words"))

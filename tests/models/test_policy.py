@@ -33,12 +33,9 @@ CONFIG = PolicyConfig(vision=VISION, trunk=TRUNK, expert=EXPERT, queries=3, chun
 KEY = jax.random.key(0)
 
 
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
-
-
 @functools.cache
 def parameters():
-    return jax.jit(lambda: nnx.split(Policy(CONFIG, FACTS, nnx.Rngs(0)))[1], compiler_options=FAST_COMPILE)()
+    return jax.jit(lambda: nnx.split(Policy(CONFIG, FACTS, nnx.Rngs(0)))[1])()
 
 
 def make_policy(**changes):
@@ -50,7 +47,7 @@ def make_policy(**changes):
     return nnx.merge(nnx.split(policy)[0], state)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=FAST_COMPILE)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def compiled(method, graph, state, *inputs):
     return method(nnx.merge(graph, state), *inputs)
 

@@ -43,7 +43,6 @@ VLMS = {
 }
 EXPERT = ExpertConfig(width=16, depth=2, heads=2, hidden=24, head=16, future_tokens=2)
 BASE = PolicyConfig(expert=EXPERT, queries=3, chunk=4, views=("front", "wrist"))
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
 TOKENS = np.array([[3, 4, 5, 6, 7], [8, 9, 10, 0, 0]], np.int32)
 MASK = TOKENS > 0
 
@@ -59,7 +58,7 @@ def made(name, **changes):
         keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(state))))
         return jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(next(keys), leaf.shape), state)
 
-    return graph, jax.jit(make, compiler_options=FAST_COMPILE)()
+    return graph, jax.jit(make)()
 
 
 def run(function, name, *inputs, **changes):
@@ -68,7 +67,7 @@ def run(function, name, *inputs, **changes):
     def call(state, *inputs):
         return function(nnx.merge(graph, state), *inputs)
 
-    return jax.jit(call, compiler_options=FAST_COMPILE)(state, *inputs)
+    return jax.jit(call)(state, *inputs)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +132,7 @@ def same_weights(name, vlm_class):
 def test_the_policy_reads_as_qwen_does(images):
     vlm = same_weights("qwen", Qwen3VL)
     prompt = vlm.prepare(**qwen_prompt(vlm.config, images))
-    expected = jax.jit(Qwen3VL.hidden, compiler_options=FAST_COMPILE)(vlm, prompt)[:, 35:-1]
+    expected = jax.jit(Qwen3VL.hidden)(vlm, prompt)[:, 35:-1]
     actual = run(predictors, "qwen", images)
     np.testing.assert_allclose(actual[MASK], expected[MASK], atol=1e-4)
 
@@ -146,7 +145,7 @@ def test_the_policy_reads_as_paligemma_does(images):
     mask = np.concatenate([np.ones((2, 33), int), MASK], 1)
     inputs = dict(input_ids=rows, attention_mask=mask, token_type_ids=types)
     prompt = vlm.prepare(**inputs, pixel_values=pixels.astype(np.float32) / 127.5 - 1)
-    expected = jax.jit(PaliGemma.hidden, compiler_options=FAST_COMPILE)(vlm, prompt)[:, 32:-1]
+    expected = jax.jit(PaliGemma.hidden)(vlm, prompt)[:, 32:-1]
     np.testing.assert_allclose(run(predictors, "paligemma", images)[MASK], expected[MASK], atol=1e-4)
 
 

@@ -96,7 +96,8 @@ vla_jax.save_vlm(vlm, sys.argv[3])
 
 
 def test_weights_are_spread_over_a_mesh(qwen, tmp_path):
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    environment = {**os.environ, "XLA_FLAGS": flags}
     command = [sys.executable, "-c", SPREAD, str(qwen.directory), str(tmp_path / "logits.npy"), str(tmp_path / "saved")]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     expected = qwen.ours.logits(input_ids=np.arange(12).reshape(2, 6))

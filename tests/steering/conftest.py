@@ -17,7 +17,6 @@ from vla_jax.models.policy import Policy, PolicyConfig
 from vla_jax.models.trunk import TrunkConfig
 from vla_jax.training.checkpoints import policy_facts
 
-FAST = {"xla_backend_optimization_level": 0}
 POLICY = PolicyConfig(
     encoder="keypoints",
     keypoints=KeypointConfig(points=4),
@@ -46,5 +45,5 @@ def contract():
 @pytest.fixture(scope="session")
 def policy(contract):
     graph = nnx.split(nnx.eval_shape(lambda: Policy(POLICY, policy_facts(contract), nnx.Rngs(0))))[0]
-    make = jax.jit(lambda: nnx.split(Policy(POLICY, policy_facts(contract), nnx.Rngs(0)))[1], compiler_options=FAST)
+    make = jax.jit(lambda: nnx.split(Policy(POLICY, policy_facts(contract), nnx.Rngs(0)))[1])
     return nnx.merge(graph, make())

@@ -16,7 +16,6 @@ from vla_jax.steering.perceive import Attached
 from vla_jax.steering.program import parse, stack
 from vla_jax.steering.steer import Arm, Decoder, SteerConfig, act, remember_nothing
 
-FAST = {"xla_backend_optimization_level": 0}
 BODIES = NUM_SLOTS + NUM_ZONES
 TCP = np.array([0.45, 0.0, 0.2], np.float32)
 GOAL = np.array([0.55, 0.1, 0.1], np.float32)
@@ -50,7 +49,7 @@ def steered(policy, contract, words):
     """(config, memory, arm) -> chunk and memory, compiled once for each config."""
     graph, weights = nnx.split(policy)
 
-    @functools.partial(jax.jit, static_argnums=0, compiler_options=FAST)
+    @functools.partial(jax.jit, static_argnums=0)
     def run(config, weights, memory, arm, key, frames):
         inputs = ({**observation(), "frames": frames}, *words, key)
         return act(nnx.merge(graph, weights), Decoder.of(contract), config, *inputs, memory, arm, execute=2)
@@ -67,9 +66,7 @@ ONE, MANY = SteerConfig(particles=1, steps=5), SteerConfig(particles=4, steps=5)
 
 def test_an_arm_of_zeros_is_the_policy_itself(policy, steered, memory, words):
     graph, weights = nnx.split(policy)
-    plain = jax.jit(
-        lambda weights: nnx.merge(graph, weights).act(observation(), *words, KEY, 5), compiler_options=FAST
-    )(weights)
+    plain = jax.jit(lambda weights: nnx.merge(graph, weights).act(observation(), *words, KEY, 5))(weights)
     np.testing.assert_array_equal(steered(ONE, memory, Arm())[0], plain)
     np.testing.assert_allclose(steered(MANY, memory, Arm())[0], plain, atol=1e-6)
 
@@ -78,7 +75,7 @@ def test_a_chosen_noise_is_where_the_first_particle_starts(policy, contract, mem
     chosen = jax.random.normal(jax.random.key(9), (1, 4, len(contract.action_names)))
     graph, weights = nnx.split(policy)
 
-    @functools.partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def both(weights):
         policy, arm = nnx.merge(graph, weights), jax.tree.map(np.float32, Arm())
         inputs = policy, Decoder.of(contract), ONE, observation(), *words, KEY, memory, arm

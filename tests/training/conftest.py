@@ -18,7 +18,6 @@ from vla_jax.models.expert import ExpertConfig
 from vla_jax.models.policy import PolicyConfig
 from vla_jax.models.trunk import TrunkConfig
 from vla_jax.models.vision import VisionConfig
-from vla_jax.platform import setup_compilation_cache
 from vla_jax.training.optimizer import OptimizerConfig
 from vla_jax.training.train_config import TrainConfig
 
@@ -54,14 +53,6 @@ def make_dataset(directory: Path, seed: int) -> Path:
         )
 
     return write_rlds(directory, "tiny", (episode(number) for number in range(20)), interface, {"task": "reach"})
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """The same small programs are compiled by many runs, some in other processes: compile each once."""
-    given = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-    setup_compilation_cache()
-    yield given
 
 
 @pytest.fixture(scope="session")

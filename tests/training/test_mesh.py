@@ -36,7 +36,7 @@ LARGE = 1_000_000
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory):
     """{mesh: a line of numbers for each step}; see meshes.py."""
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "tests/training/meshes.py", str(tmp_path_factory.mktemp("meshes"))]
     path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
