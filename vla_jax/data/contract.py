@@ -7,7 +7,6 @@ against it, so that a difference in units, rates, sizes or normalisation is an e
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from vla_jax.data.dataset import Dataset, open_dataset
 from vla_jax.data.interface import Interface, describe_difference, interface_from_json
 from vla_jax.data.statistics import RunningStatistics, Statistics
 from vla_jax.errors import UserError
+from vla_jax.files import write_atomically
 
 # The narrowest range that is stretched to [-1, 1], by unit. A dimension that hardly moves would otherwise turn sensor
 # noise, or one rare value, into enormous targets. 2 mm and 0.02 rad are as good as standing still.
@@ -137,9 +137,8 @@ class Contract(Interface):
         """Writes the contract and its seal (a hash of the text) at once: the file is the old one or the new one."""
         path = Path(path)
         text = self.to_json()
-        draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        draft.write_text(json.dumps({"seal": _seal(text), "contract": json.loads(text)}, indent=1, sort_keys=True))
-        os.replace(draft, path)
+        sealed = {"seal": _seal(text), "contract": json.loads(text)}
+        write_atomically(Path(path), json.dumps(sealed, indent=1, sort_keys=True))
 
     @classmethod
     def load(cls, path: str | Path) -> "Contract":

@@ -26,7 +26,8 @@ from vla_jax.data.tokenizer import with_limit
 from vla_jax.envs.questions import Questioner, QuestionStream
 from vla_jax.errors import UserError
 from vla_jax.evaluation.evaluate import Evaluator, World, format_table
-from vla_jax.evaluation.results import save_results, write_atomically
+from vla_jax.evaluation.results import save_results
+from vla_jax.files import write_atomically
 from vla_jax.models.policy import LANGUAGE_MODEL
 from vla_jax.platform import is_first, wait_for_all
 from vla_jax.pretrained.backbone import load_backbone, policy_on, tokenizer_of
