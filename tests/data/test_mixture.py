@@ -57,6 +57,8 @@ def test_each_robot_keeps_its_units(config, robots):
             back = robot.denormalize_action(batch["actions"][row, 0, :width])
             np.testing.assert_allclose(back, episode.actions[step], atol=1e-5)
             np.testing.assert_array_equal(batch["actions"][row, :, width:], 0)
+            left = np.arange(3) < len(episode.actions) - step
+            np.testing.assert_array_equal(batch["action_mask"][row], left[:, None] & (np.arange(8) < width))
             back = robot.denormalize_state(batch["state"][row, : len(robot.state_names)])
             np.testing.assert_allclose(back, episode.state[step], atol=1e-5)
 

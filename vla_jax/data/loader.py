@@ -169,7 +169,7 @@ class BatchReader:
             "tokens": np.empty((size, contract.max_tokens), np.int32),
             "token_mask": np.empty((size, contract.max_tokens), bool),
             "actions": np.empty((size, self._chunk, len(contract.action_names)), np.float32),
-            "action_mask": np.empty((size, self._chunk), bool),
+            "action_mask": np.empty((size, self._chunk, len(contract.action_names)), bool),
             "episode": np.empty(size, np.int32),
             "step": np.empty(size, np.int32),
         }
@@ -182,7 +182,8 @@ class BatchReader:
                 pictures[row] = self._picture(episode, view, episode_id, step)
             batch["state"][row] = episode.state[step]
             batch["tokens"][row], batch["token_mask"][row] = self._encode(episode.instruction)
-            batch["actions"][row], batch["action_mask"][row] = action_chunk(episode.actions, step, self._chunk)
+            batch["actions"][row], inside = action_chunk(episode.actions, step, self._chunk)
+            batch["action_mask"][row] = inside[:, None] & episode.dimensions
             batch["episode"][row], batch["step"][row] = episode_id, step
         return batch
 
@@ -278,7 +279,8 @@ def make_loader(config: DataConfig, contract: Contract, process_index: int = 0, 
         images: {view: uint8[B, H, W, 3]}, RGB
         state: float32[B, S], SI units
         tokens: int32[B, L]; token_mask: bool[B, L], True on tokens, which are left-aligned
-        actions: float32[B, C, A], SI units; action_mask: bool[B, C], False past the episode's end
+        actions: float32[B, C, A], SI units
+        action_mask: bool[B, C, A], False past the episode's end and in dimensions that the robot lacks
         episode, step: int32[B], where the sample comes from
 
     Raises:
