@@ -36,7 +36,8 @@ class MetricsWriter:
     """Appends numbers to metrics.jsonl and to TensorBoard event files.
 
     A line is {"kind", "step", "time" (seconds since 1970), ...}: kinds are "train" (means since the last such line),
-    "validation" (held-out loss) and "evaluation" (one line a split). Values that are not finite become null.
+    "validation" (held-out loss; of a mixture also "<dataset>/loss", ...) and "evaluation" (one line a split). Values
+    that are not finite become null.
     """
 
     def __init__(self, run_dir: Path, resumed_step: int):
