@@ -72,7 +72,7 @@ def random_batch(config: PolicyConfig, image_size: int, text: int, size: int) ->
             "tokens": random.integers(1, 60, (size, text)).astype(np.int32),
             "token_mask": np.arange(text) < random.integers(text // 2, text + 1, (size, 1)),
             "actions": random.normal(size=(size, config.chunk, 5)).astype(np.float32),
-            "action_mask": np.ones((size, config.chunk), bool),
+            "action_mask": np.ones((size, config.chunk, 5), bool),
         }
     )
 

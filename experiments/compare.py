@@ -24,7 +24,8 @@ from vla_jax.data.rlds import dataset_path
 from vla_jax.envs.collect import CollectConfig, collect
 from vla_jax.errors import UserError
 from vla_jax.evaluation.report import require_extra
-from vla_jax.evaluation.results import compare, load_results, write_atomically
+from vla_jax.evaluation.results import compare, load_results
+from vla_jax.files import write_atomically
 from vla_jax.platform import setup_compilation_cache
 from vla_jax.training.checkpoints import Checkpoints
 from vla_jax.training.train_config import TrainConfig

@@ -14,7 +14,7 @@ from vla_jax import config as configuration
 from vla_jax.errors import UserError
 from vla_jax.evaluation import improvement
 from vla_jax.evaluation.report import require_extra
-from vla_jax.evaluation.results import write_atomically
+from vla_jax.files import write_atomically
 from vla_jax.platform import setup_compilation_cache
 from vla_jax.training.improve import ImproveConfig, improve
 

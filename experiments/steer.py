@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from vla_jax import config as configuration
 from vla_jax.errors import UserError
-from vla_jax.evaluation.results import write_atomically
+from vla_jax.files import write_atomically
 from vla_jax.platform import setup_compilation_cache
 from vla_jax.steering.report import make_rows, markdown
 from vla_jax.steering.steer import NoiseSource

@@ -39,9 +39,10 @@ from vla_jax.errors import UserError
 from vla_jax.evaluation import listening
 from vla_jax.evaluation.evaluate import Evaluator, World
 from vla_jax.evaluation.report import require_extra
-from vla_jax.evaluation.results import save_results, write_atomically
+from vla_jax.evaluation.results import save_results
 from vla_jax.evaluation.retention import answer_accuracy
 from vla_jax.evaluation.study import Cell, comparisons, figure, load_cells, markdown, measure_table, save_cell, table
+from vla_jax.files import write_atomically
 from vla_jax.platform import setup_compilation_cache
 from vla_jax.training.checkpoints import load_policy
 from vla_jax.training.train_config import TrainConfig

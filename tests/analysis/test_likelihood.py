@@ -26,7 +26,7 @@ class KnownPolicy(nnx.Module):
     def encode(self, images, tokens, token_mask, branches):
         return {name: {"prior": PRIOR, "posterior": POSTERIOR}[name] for name in branches}
 
-    def condition(self, reading, state):
+    def condition(self, reading, state, dimensions):
         return reading
 
     def field(self, condition):
@@ -43,7 +43,7 @@ def make_batch(seed, count=4000):
     mean, deviation = POSTERIOR
     actions = np.random.default_rng(seed).normal(mean, deviation, (count, CHUNK, WIDTH)).astype(np.float32) / 10
     unused = dict.fromkeys(("images", "state", "tokens", "token_mask", "episode"))
-    return {**unused, "actions": actions}
+    return {**unused, "actions": actions, "action_mask": np.ones_like(actions, bool)}
 
 
 def gaussian(x, mean, deviation):
@@ -77,7 +77,7 @@ class TellingPolicy(KnownPolicy):
     def encode(self, images, tokens, token_mask, branches):
         return {"posterior": tokens[:, :1, None] / 2}
 
-    def condition(self, reading, state):
+    def condition(self, reading, state, dimensions):
         return reading, 0.5
 
     def act(self, observation, tokens, token_mask, key):

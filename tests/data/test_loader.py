@@ -67,7 +67,7 @@ def test_shapes_and_types(open_loader, config):
         "tokens": ((6, 10), "int32"),
         "token_mask": ((6, 10), "bool"),
         "actions": ((6, 4, 3), "float32"),
-        "action_mask": ((6, 4), "bool"),
+        "action_mask": ((6, 4, 3), "bool"),
         "episode": ((6,), "int32"),
         "step": ((6,), "int32"),
     }
@@ -90,7 +90,7 @@ def test_content(open_loader, config, episodes, contract):
             left = len(episode.actions) - step
             for ahead in range(4):
                 inside = ahead < left
-                assert batch["action_mask"][row, ahead] == inside
+                np.testing.assert_array_equal(batch["action_mask"][row, ahead], inside)
                 expected = episode.actions[step + ahead] if inside else episode.actions[-1]
                 np.testing.assert_array_equal(batch["actions"][row, ahead], expected)
 

@@ -10,7 +10,7 @@ from tests.data.published import write_published
 from vla_jax.data.contract import Contract, compute_contract
 from vla_jax.data.convert import ConvertConfig, convert
 from vla_jax.data.dataset import open_dataset
-from vla_jax.data.loader import BatchReader, DataConfig, data_contract, describe_data, make_loader, open_data
+from vla_jax.data.loader import BatchReader, DataConfig, data_contract, describe_data, make_loader, members, open_data
 from vla_jax.data.rlds import write_rlds
 from vla_jax.errors import UserError
 
@@ -57,8 +57,30 @@ def test_each_robot_keeps_its_units(config, robots):
             back = robot.denormalize_action(batch["actions"][row, 0, :width])
             np.testing.assert_allclose(back, episode.actions[step], atol=1e-5)
             np.testing.assert_array_equal(batch["actions"][row, :, width:], 0)
+            left = np.arange(3) < len(episode.actions) - step
+            np.testing.assert_array_equal(batch["action_mask"][row], left[:, None] & (np.arange(8) < width))
             back = robot.denormalize_state(batch["state"][row, : len(robot.state_names)])
             np.testing.assert_allclose(back, episode.state[step], atol=1e-5)
+
+
+def test_a_robot_is_asked_for_by_its_name(config):
+    contract = data_contract(config)
+    np.testing.assert_array_equal(contract.dimensions("widowx"), np.arange(8) < 7)
+    assert contract.dimensions("droid_franka").all()
+    with pytest.raises(UserError, match="knows no robot 'widow': choose one of widowx, droid_franka"):
+        contract.dimensions("widow")
+
+
+def test_members_alone(config, robots):
+    alone = members(config)
+    assert list(alone) == ["bridge_dataset", "droid"]
+    contract = data_contract(config)
+    (batch,), _ = take(alone["bridge_dataset"], 1, contract)
+    assert batch["actions"].shape[-1] == 8 and not batch["action_mask"][..., 7].any()
+    twice = dataclasses.replace(config, mixture=config.mixture + config.mixture[:1])
+    assert list(members(twice)) == ["bridge_dataset", "droid", "bridge_dataset_3"]
+    assert members(dataclasses.replace(config, split="held_out")) == {}  # no episode is
+    assert members(dataclasses.replace(config, mixture=(), directory=robots["droid"])) == {}
 
 
 def test_statistics_of_a_robot_are_those_of_its_dataset(config, robots):

@@ -36,9 +36,40 @@ def test_times_follow_their_law():
 
 def test_masked_error():
     predicted, target = normal(2, 3, 2), np.zeros((2, 3, 2), np.float32)
-    mask = np.array([[True, False, True], [False, False, False]])
+    mask = np.array([[True, False, True], [False, False, False]])[..., None] & np.array([True, True])
     error = squared_error(predicted, target, mask)
     np.testing.assert_allclose(error, [(predicted[0, [0, 2]] ** 2).mean(), 0.0], rtol=1e-6)
+    narrow = mask & np.array([True, False])  # a robot of one dimension weighs as much
+    np.testing.assert_allclose(squared_error(predicted, target, narrow)[0], (predicted[0, [0, 2], 0] ** 2).mean())
+
+
+def test_a_robot_with_every_dimension_has_the_number_of_the_plain_mean():
+    predicted, target = normal(20, 5, 8, 7), normal(20, 1, 8, 7, seed=1)
+    actions = (np.arange(8) < np.random.default_rng(2).integers(0, 9, (20, 1)))[:, None]
+
+    def plain(predicted):
+        """What the loss was before it knew of dimensions."""
+        error, weight = jnp.square(predicted - target).mean(-1), actions.astype(np.float32)
+        return (error * weight).sum(-1) / jnp.maximum(weight.sum(-1), 1.0)
+
+    def masked(predicted):
+        return squared_error(predicted, target, np.repeat(actions[..., None], 7, -1))
+
+    np.testing.assert_array_equal(jax.jit(masked)(predicted), jax.jit(plain)(predicted))
+    one, other = (jax.jit(jax.grad(lambda x, f=f: f(x).sum()))(predicted) for f in (masked, plain))
+    np.testing.assert_array_equal(one, other)
+
+
+def test_density_counts_the_dimensions_that_a_robot_has():
+    data, matrix = normal(2, 2, 3), 0.3 * normal(2, 2, seed=1)
+    exists = np.array([[True, True, False]] * 2)
+    data[..., 2] = 0
+
+    def field(x, t):
+        return jnp.concatenate([x[..., :2] @ matrix, 0 * x[..., 2:]], -1)
+
+    padded = log_density(field, data, exists)
+    np.testing.assert_allclose(padded, log_density(lambda x, t: x @ matrix, data[..., :2]), rtol=1e-5)
 
 
 def test_a_straight_field_is_solved_exactly_in_any_number_of_steps():

@@ -73,7 +73,7 @@ def batch():
         "tokens": np.where(mask, random.integers(1, 11, (size, text)), 0).astype(np.int32),
         "token_mask": mask,
         "actions": random.uniform(-0.1, 0.3, (size, 4, 3)).astype(np.float32),
-        "action_mask": np.arange(4) < np.array([[4], [1], [3]]),
+        "action_mask": np.repeat((np.arange(4) < np.array([[4], [1], [3]]))[..., None], 3, -1),
     }
 
 
@@ -89,7 +89,7 @@ def word_and_action(random, size, keep):
         "tokens": np.stack([word + 4, np.full(size, 3)], 1).astype(np.int32),
         "token_mask": np.ones((size, 2), bool),
         "actions": ((inside + 1) / 2 * (high - low) + low).astype(np.float32),
-        "action_mask": np.ones((size, 4), bool),
+        "action_mask": np.ones((size, 4, 3), bool),
     }
 
 

@@ -153,7 +153,7 @@ def test_07_without_prior_and_llr_it_is_the_queries_only_arm(policy, batch, nois
         x = (1 - time) * drawn.noise + time * actions[:, None]
         velocity = policy.velocity(x, drawn.time, policy.condition(reading, batch["state"]))
         error = ((velocity - (actions[:, None] - drawn.noise)) ** 2).mean((1, 3))
-        return sum(error[b, :n].mean() for b, n in enumerate(batch["action_mask"].sum(1))) / 3
+        return sum(error[b, :n].mean() for b, n in enumerate(batch["action_mask"][..., 0].sum(1))) / 3
 
     def full(policy):
         return objective(policy, batch, KEY, config, initial_gate())[0]
@@ -176,7 +176,7 @@ def test_08_flow_matching_runs_from_noise_to_data():
         asked.update(x=x, t=t)
         return data[:, None] - noise
 
-    errors = draw_errors(exact, data, np.ones((2, 4), bool), Draw(noise, time))
+    errors = draw_errors(exact, data, np.ones((2, 4, 3), bool), Draw(noise, time))
     np.testing.assert_allclose(errors, 0, atol=1e-10)
     np.testing.assert_allclose(asked["x"][:, 0], noise[:, 0])
     np.testing.assert_allclose(asked["x"][:, 1], data)

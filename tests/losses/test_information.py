@@ -73,7 +73,8 @@ def test_only_the_action_branch_knows_the_actions(read, batch, chunk):
 
 def test_a_recorded_chunk_is_clean_or_on_the_path():
     actions = np.random.default_rng(0).normal(size=(500, 4, 3)).astype(np.float32)
-    clean, noised = (recorded_chunk(actions, jax.random.split(KEY, 500), noised) for noised in (False, True))
+    everything, keys = np.ones((500, 3), bool), jax.random.split(KEY, 500)
+    clean, noised = (recorded_chunk(actions, everything, keys, noised) for noised in (False, True))
     np.testing.assert_array_equal(clean.actions, actions)
     assert (np.asarray(clean.time) == 1).all() and abs(float(noised.time.mean()) - 0.4) < 0.05
     noise = (noised.actions - noised.time[:, None, None] * actions) / (1 - noised.time)[:, None, None]

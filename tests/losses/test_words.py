@@ -42,7 +42,7 @@ def biased(random, size, share):
         "tokens": np.stack([word + 4, np.full(size, 3)], 1).astype(np.int32),
         "token_mask": np.ones((size, 2), bool),
         "actions": np.zeros((size, 4, 3), np.float32),
-        "action_mask": np.ones((size, 4), bool),
+        "action_mask": np.ones((size, 4, 3), bool),
     }, bright == word
 
 

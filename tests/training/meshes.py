@@ -39,7 +39,7 @@ def batch(seed: int) -> dict:
         "tokens": random.integers(1, 16, (B, 6)).astype(np.int32),
         "token_mask": np.arange(6) < random.integers(0, 7, (B, 1)),
         "actions": random.normal(size=(B, 2, 2)).astype(np.float32),
-        "action_mask": np.arange(2) < random.integers(0, 3, (B, 1)),
+        "action_mask": np.repeat((np.arange(2) < random.integers(0, 3, (B, 1)))[..., None], 2, -1),
         "row": global_rows(B),
     }
 

@@ -1,5 +1,6 @@
 """Whole runs of a very small policy on a very small dataset, with everything that can go wrong around them."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -13,7 +14,10 @@ import pytest
 from experiments.inspect import describe_run
 from vla_jax.config import diff
 from vla_jax.data.contract import Contract
+from vla_jax.data.loader import make_loader, members
 from vla_jax.errors import UserError
+from vla_jax.losses.llr import initial_gate
+from vla_jax.losses.objective import objective
 from vla_jax.training.checkpoints import Checkpoints, load_policy
 from vla_jax.training.metrics import read_metrics
 from vla_jax.training.trainer import train
@@ -56,6 +60,23 @@ def test_a_run_directory_can_be_inspected(run_dir):
     assert "step 5, 10, of 10" in said and "data: tiny" in said and "actions: dx, opening" in said
     count = sum(leaf.size for leaf in jax.tree.leaves(arrays(run_dir)["params"]))
     assert said.splitlines()[-1].split()[:2] == ["all", f"{count:,}"]
+
+
+def test_a_mixture_is_validated_dataset_by_dataset(config, dataset, other_dataset, tmp_path):
+    mixture = ((str(dataset), 1.0), (str(other_dataset), 3.0))
+    data = dataclasses.replace(config.data, directory="", mixture=mixture)
+    run_dir = train(dataclasses.replace(config, data=data, steps=3, validate_every=3), tmp_path / "run")
+    (line,) = [line for line in read_metrics(run_dir) if line["kind"] == "validation"]
+    policy, contract, _ = load_policy(run_dir)
+    key = jax.random.fold_in(jax.random.key(config.seed), 0)
+    both = {"": data, **members(data)}
+    assert list(both) == ["", "tiny", "tiny_2"]
+    for name, own in both.items():
+        with contextlib.closing(make_loader(dataclasses.replace(own, split="held_out"), contract)) as loader:
+            _, (terms, _) = jax.jit(objective, static_argnums=3)(policy, next(loader), key, config.loss, initial_gate())
+        found = {term: line[f"{name}/terms/{term}".removeprefix("/")] for term in ("fm_posterior", "fm_prior")}
+        np.testing.assert_allclose(list(found.values()), [terms[term].value for term in found], rtol=1e-4)
+    assert len({line[name] for name in ("loss", "tiny/loss", "tiny_2/loss")}) == 3
 
 
 def test_a_loaded_policy_acts_and_carries_the_chosen_weights(run_dir):

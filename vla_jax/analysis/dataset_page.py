@@ -17,8 +17,8 @@ from vla_jax.data.statistics import Rows
 from vla_jax.errors import UserError
 from vla_jax.evaluation import charts
 from vla_jax.evaluation.report import require_extra
-from vla_jax.evaluation.results import write_atomically
 from vla_jax.evaluation.style import CSS
+from vla_jax.files import write_atomically
 
 SAMPLES, FRAMES = 4, 6  # episodes shown, and pictures of each view of an episode
 INSTRUCTIONS = 25  # shown, most frequent first

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from vla_jax.evaluation.listening import acting_field
 from vla_jax.flow.density import log_density
 from vla_jax.losses.information import likelihoods
+from vla_jax.models.expert import present
 from vla_jax.models.policy import Policy
 
 
@@ -28,15 +29,17 @@ def action_log_likelihood(
 
     Args:
         batch: as `data.loader.make_loader` gives it. Chunks that reach past their episode's end count as they are, with
-            the last action repeated.
+            the last action repeated; dimensions that a robot lacks do not (without an `action_mask` it has all).
         guidance: as in `Policy.act`: None is the posterior branch, 0 the prior branch, that is log p(a | v). The law of
             a guided flow is that of its own velocity field, which is a proper density for every w.
         steps: of the integrator.
     """
     branches = ("posterior",) if guidance is None else ("prior", "posterior")
     readings = policy.encode(batch["images"], batch["tokens"], batch["token_mask"], branches)
-    velocity = acting_field(policy, readings, batch["state"], guidance)
-    return log_density(velocity, policy.normalizer.normalize_action(batch["actions"]), steps=steps)
+    dimensions = batch["action_mask"].any(1) if "action_mask" in batch else None
+    velocity = acting_field(policy, readings, batch["state"], guidance, dimensions)
+    chunks = present(policy.normalizer.normalize_action(batch["actions"]), dimensions)
+    return log_density(velocity, chunks, dimensions, steps=steps)
 
 
 def guidance_curve(
@@ -56,7 +59,7 @@ def guidance_curve(
     def mean(state, batch, weight):
         return action_log_likelihood(nnx.merge(graphdef, state), batch, weight, steps).mean()
 
-    names = ("images", "state", "tokens", "token_mask", "actions")
+    names = ("images", "state", "tokens", "token_mask", "actions", "action_mask")
     batches = [{name: batch[name] for name in names} for batch in batches]
     curve = np.array([np.mean([mean(state, batch, jnp.float32(w)) for batch in batches]) for w in weights])
     return float(weights[int(curve.argmax())]), curve

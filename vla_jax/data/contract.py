@@ -7,18 +7,18 @@ against it, so that a difference in units, rates, sizes or normalisation is an e
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from vla_jax.data.dataset import Dataset, open_dataset
 from vla_jax.data.interface import Interface, describe_difference, interface_from_json
 from vla_jax.data.statistics import RunningStatistics, Statistics
 from vla_jax.errors import UserError
+from vla_jax.files import write_atomically
 
 # The narrowest range that is stretched to [-1, 1], by unit. A dimension that hardly moves would otherwise turn sensor
 # noise, or one rare value, into enormous targets. 2 mm and 0.02 rad are as good as standing still.
@@ -72,6 +72,12 @@ class Contract(Interface):
     def denormalize_state(self, state: Float[Any, "*B S"]) -> Float[Any, "*B S"]:
         """Inverse of `normalize_state`."""
         return denormalize(state, *self.state_bounds())
+
+    def dimensions(self, robot: str) -> Bool[np.ndarray, "A"]:
+        """Which dimensions of a mixture's action the robot has: the first ones. Raises UserError for an unknown one."""
+        if robot not in self.robots:
+            raise UserError(f"the policy knows no robot {robot!r}: choose one of {', '.join(self.robots)}")
+        return np.arange(len(self.action_names)) < len(self.robots[robot].action_names)
 
     def nearly_constant(self) -> tuple[str, ...]:
         """The dimensions, as "action dx" or "state x", whose range is so small that `bounds` widened it."""
@@ -135,11 +141,9 @@ class Contract(Interface):
 
     def save(self, path: str | Path) -> None:
         """Writes the contract and its seal (a hash of the text) at once: the file is the old one or the new one."""
-        path = Path(path)
         text = self.to_json()
-        draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        draft.write_text(json.dumps({"seal": _seal(text), "contract": json.loads(text)}, indent=1, sort_keys=True))
-        os.replace(draft, path)
+        sealed = {"seal": _seal(text), "contract": json.loads(text)}
+        write_atomically(Path(path), json.dumps(sealed, indent=1, sort_keys=True))
 
     @classmethod
     def load(cls, path: str | Path) -> "Contract":

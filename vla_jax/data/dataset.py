@@ -20,9 +20,9 @@ class Dataset(Protocol):
         directory, name: where it lies and what it is called.
         interface: names, units and sizes of its arrays.
         facts: what is known about the dataset as a whole.
-        lengths: steps of each episode.
+        lengths: int32, steps of each episode.
         episode_names: what each episode is called for ever, wherever the dataset lies.
-        fingerprint: hash of the content.
+        fingerprint: hash of the content; equal for equal content, wherever it lies.
         reads_steps: whether a step can be read without its whole episode.
     """
 

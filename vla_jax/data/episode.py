@@ -7,7 +7,7 @@ from typing import Any
 import cv2
 import numpy as np
 import simplejpeg
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 
 from vla_jax.data.interface import Interface
 from vla_jax.errors import UserError
@@ -39,13 +39,17 @@ class Episode:
 
 @dataclasses.dataclass(frozen=True)
 class StoredEpisode:
-    """An episode as read back: like Episode, with the pictures still JPEG, one `bytes` a step and view."""
+    """An episode as read back: like Episode, with the pictures still JPEG, one `bytes` a step and view.
+
+    dimensions: those of an action that the robot has (True: all); in a mixture some robots have fewer than others.
+    """
 
     images: dict[str, list[bytes]]
     state: Float[np.ndarray, "T S"]
     actions: Float[np.ndarray, "T A"]
     instruction: str
     metadata: dict[str, Any]
+    dimensions: Bool[np.ndarray, "A"] | bool = True
 
     @property
     def nbytes(self) -> int:

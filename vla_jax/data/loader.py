@@ -84,6 +84,12 @@ class DataConfig:
             raise UserError(f"data.split is {self.split!r}: choose one of {', '.join(SPLITS)}")
 
 
+def split_episodes(dataset: Dataset, config: DataConfig) -> Int[np.ndarray, "N"]:
+    """The numbers of the episodes that are in the split `config.split`."""
+    held_out = held_out_episodes(dataset.episode_names, config.held_out_fraction)
+    return np.flatnonzero(held_out if config.split == "held_out" else ~held_out)
+
+
 def held_out_episodes(names: Sequence[str], fraction: float) -> Bool[np.ndarray, "E"]:
     """Which of the named episodes are held out; others that are added later change nothing here."""
 
@@ -127,8 +133,7 @@ class BatchReader:
     """Turns step numbers into a batch. Step numbers count the steps of the chosen episodes in order."""
 
     def __init__(self, dataset: Dataset, contract: Contract, config: DataConfig, views: Sequence[str] | None = None):
-        held_out = held_out_episodes(dataset.episode_names, config.held_out_fraction)
-        self.episodes = np.flatnonzero(held_out if config.split == "held_out" else ~held_out)
+        self.episodes = split_episodes(dataset, config)
         if len(self.episodes) == 0:
             raise UserError(
                 f"none of the {len(dataset)} episodes of {dataset.directory} is in the split {config.split!r}: "
@@ -170,7 +175,7 @@ class BatchReader:
             "tokens": np.empty((size, contract.max_tokens), np.int32),
             "token_mask": np.empty((size, contract.max_tokens), bool),
             "actions": np.empty((size, self._chunk, len(contract.action_names)), np.float32),
-            "action_mask": np.empty((size, self._chunk), bool),
+            "action_mask": np.empty((size, self._chunk, len(contract.action_names)), bool),
             "episode": np.empty(size, np.int32),
             "step": np.empty(size, np.int32),
         }
@@ -183,7 +188,8 @@ class BatchReader:
                 self._read_picture(pictures[row], episode, view, episode_id, step)
             batch["state"][row] = episode.state[step]
             batch["tokens"][row], batch["token_mask"][row] = self._encode(episode.instruction)
-            batch["actions"][row], batch["action_mask"][row] = action_chunk(episode.actions, step, self._chunk)
+            batch["actions"][row], inside = action_chunk(episode.actions, step, self._chunk)
+            batch["action_mask"][row] = inside[:, None] & episode.dimensions
             batch["episode"][row], batch["step"][row] = episode_id, step
         return batch
 
@@ -283,7 +289,8 @@ def make_loader(
         images: {view: uint8[B, H, W, 3]}, RGB
         state: float32[B, S], SI units
         tokens: int32[B, L]; token_mask: bool[B, L], True on tokens, which are left-aligned
-        actions: float32[B, C, A], SI units; action_mask: bool[B, C], False past the episode's end
+        actions: float32[B, C, A], SI units
+        action_mask: bool[B, C, A], False past the episode's end and in dimensions that the robot lacks
         episode, step: int32[B], where the sample comes from
 
     Raises:
@@ -333,6 +340,20 @@ def open_data(config: DataConfig, contract: Contract) -> Dataset:
     dataset = open_dataset(_directory(config))
     contract.check_interface(dataset.interface.resized(config.image_size), f"the dataset at {config.directory}")
     return dataset
+
+
+def members(config: DataConfig) -> dict[str, DataConfig]:
+    """Each dataset of a mixture alone, by its name; {} where there is no mixture.
+
+    A dataset without an episode in `config.split` is left out; one that is called like another gets its place as well.
+    """
+    alone: dict[str, DataConfig] = {}
+    for place, (path, _) in enumerate(config.mixture, 1):
+        dataset = open_dataset(path)
+        if len(split_episodes(dataset, config)):
+            name = f"{dataset.name}_{place}" if dataset.name in alone else dataset.name
+            alone[name] = dataclasses.replace(config, mixture=((path, 1.0),))
+    return alone
 
 
 def describe_data(config: DataConfig, contract: Contract, samples: int) -> str:

@@ -6,7 +6,9 @@ SI units, with the statistics of all of them together: nothing else changes, and
 Different robots cannot share units. Each keeps its own contract; a batch holds what these make of actions and states,
 about [-1, 1], and 0 in the dimensions that a robot does not have (as pi0 pads, arXiv 2410.24164, section IV). The
 policy's contract is one of numbers without unit, with the robots' contracts sealed in it: whoever drives robot r undoes
-the normalisation by `contract.robots[r]`. The loss counts padded dimensions, whose target is always 0.
+the normalisation by `contract.robots[r]`. A batch's `action_mask` is False in dimensions that a robot lacks, and the
+losses and the policy leave them out (`flow.path.squared_error`, `models.expert.ActionExpert`); whoever drives robot r
+names those that it has by `contract.dimensions(r)`.
 
 Every dataset must have the views that are used, so those that all of them have are.
 
@@ -130,10 +132,11 @@ class MixedDataset:
         self.fingerprint = _hash([[d.fingerprint for d in datasets], self.weights.tolist()])
         self.reads_steps = all(dataset.reads_steps for dataset in datasets)
         self.first = np.concatenate([[0], np.cumsum([len(dataset) for dataset in datasets])])
-        self._robots: list[Contract | None] = []
+        self._contract = contract
+        self._robots: list[str] = []  # of each member, its name in the contract; "" where all are of one robot
         for dataset in datasets:
-            robot = _robot(dataset, contract) if contract.robots else None
-            expected = robot or contract
+            robot = _robot(dataset, contract) if contract.robots else ""
+            expected = contract.robots[robot] if robot else contract
             theirs = dataclasses.replace(dataset.interface, images=expected.images)
             expected.check_interface(theirs, f"the dataset at {dataset.directory}")
             self._robots.append(robot)
@@ -144,13 +147,17 @@ class MixedDataset:
     def read(self, index: int) -> StoredEpisode:
         """One episode of a member, with the mixture's views and units."""
         member = bisect.bisect_right(self.first, index) - 1
-        episode, robot = self.members[member].read(int(index - self.first[member])), self._robots[member]
-        images = {view: episode.images[view] for view in self.interface.images}
-        state, actions = episode.state, episode.actions
-        if robot is not None:
-            actions = _padded(robot.normalize_action(actions), len(self.interface.action_names))
-            state = _padded(robot.normalize_state(state), len(self.interface.state_names))
-        return dataclasses.replace(episode, images=images, state=state, actions=actions)
+        episode, name = self.members[member].read(int(index - self.first[member])), self._robots[member]
+        episode = dataclasses.replace(episode, images={view: episode.images[view] for view in self.interface.images})
+        if not name:
+            return episode
+        robot = self._contract.robots[name]
+        return dataclasses.replace(
+            episode,
+            actions=_padded(robot.normalize_action(episode.actions), len(self.interface.action_names)),
+            state=_padded(robot.normalize_state(episode.state), len(self.interface.state_names)),
+            dimensions=self._contract.dimensions(name),
+        )
 
     def numbers(self) -> Iterator[tuple[Float[np.ndarray, "T A"], Float[np.ndarray, "T S"]]]:
         """Actions and states of all steps, in the members' own units."""
@@ -184,10 +191,11 @@ def describe_members(datasets: Sequence[Dataset], weights: Sequence[float], samp
     return "\n".join(lines)
 
 
-def _robot(dataset: Dataset, contract: Contract) -> Contract:
-    for robot in contract.robots.values():
-        if all(getattr(robot, name) == getattr(dataset.interface, name) for name in SAME_ROBOT):
-            return robot
+def _robot(dataset: Dataset, contract: Contract) -> str:
+    """The name of a dataset's robot in the contract of a mixture of robots."""
+    for name, robot in contract.robots.items():
+        if all(getattr(robot, field) == getattr(dataset.interface, field) for field in SAME_ROBOT):
+            return name
     raise UserError(
         f"the dataset at {dataset.directory} is of none of the robots of the contract ({', '.join(contract.robots)})"
     )

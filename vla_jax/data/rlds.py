@@ -208,16 +208,7 @@ def _update_digest(digest, record: dict[str, Any]) -> None:
 
 
 class RldsDataset:
-    """An opened dataset with random access to episodes. It holds paths, not data, and can be sent to another process.
-
-    Attributes:
-        directory, name: where it lies and what it is called.
-        interface: names, units and sizes of its arrays.
-        facts: what is known about the dataset as a whole.
-        lengths: int32[E], steps of each episode.
-        episode_names: what each episode is called for ever.
-        fingerprint: hash of the dataset's content; equal for equal content, wherever it lies.
-    """
+    """A `data.dataset.Dataset` that `write_rlds` wrote: it holds paths, not data."""
 
     reads_steps = False  # a step costs its whole episode: keep those
 

@@ -55,16 +55,9 @@ class _Column(Sequence):
 
 
 class StepDataset:
-    """An opened dataset with random access to steps. It holds paths, not data, and can be sent to another process.
+    """A `data.dataset.Dataset` with random access to steps: it holds paths, not data.
 
-    Attributes:
-        directory, name: where it lies and what it is called.
-        interface: names, units and sizes of its arrays.
-        facts: what is known about the dataset as a whole.
-        lengths: int32[E], steps of each episode.
-        episode_names: what each episode is called for ever.
-        instructions: what was asked for in each.
-        fingerprint: hash of the dataset's content; equal for equal content, wherever it lies.
+    instructions: what was asked for in each episode.
     """
 
     reads_steps = True

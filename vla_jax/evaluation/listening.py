@@ -194,10 +194,17 @@ def _ask_in_scene(policy: Policy, case: Candidates, key: PRNGKeyArray, guidance,
     return Answers(actions, prior, spoken, ends)
 
 
-def acting_field(policy: Policy, readings: dict[str, Reading], state: Float[Array, "B F"], guidance) -> Field:
+def acting_field(
+    policy: Policy,
+    readings: dict[str, Reading],
+    state: Float[Array, "B F"],
+    guidance,
+    dimensions: Bool[Array, "B A"] | None = None,
+) -> Field:
     """The velocity field by which a policy acts, as in `Policy.act`: that of the posterior branch or, with guidance w,
-    v_prior + w (v_post - v_prior). readings: of the branches that this takes. state: SI units."""
-    fields = {name: policy.field(policy.condition(reading, state)) for name, reading in readings.items()}
+    v_prior + w (v_post - v_prior). readings: of the branches that this takes. state, dimensions: see
+    `Policy.condition`."""
+    fields = {name: policy.field(policy.condition(reading, state, dimensions)) for name, reading in readings.items()}
     transform = identity if guidance is None else extrapolate(fields["prior"], guidance)
     return lambda x, t: transform.update(x, fields["posterior"](x, t), t, ())[1]
 

@@ -18,8 +18,9 @@ from vla_jax.errors import UserError
 from vla_jax.evaluation import charts, video
 from vla_jax.evaluation.evaluate import Clip
 from vla_jax.evaluation.records import Run
-from vla_jax.evaluation.results import Results, compare, write_atomically
+from vla_jax.evaluation.results import Results, compare
 from vla_jax.evaluation.style import CSS
+from vla_jax.files import write_atomically
 
 STILL_SPLITS = ("in_distribution", "swapped")
 STILL_FRAMES = 5

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 from vla_jax.errors import UserError
 from vla_jax.evaluation.intervals import Comparison, compare_paired, wilson
 from vla_jax.evaluation.rollout import Outcome, Trials
+from vla_jax.files import write_atomically
 
 # What a policy loses, on the same scenes, when only the instruction changes.
 DROPS = {"language_drop": "blank", "swap_drop": "swapped", "paraphrase_drop": "paraphrases"}
@@ -146,14 +146,3 @@ def load_results(run_dir: str | Path) -> list[Results]:
         except (ValueError, TypeError) as error:
             raise UserError(f"{path} is not the result of an evaluation; delete it and evaluate again") from error
     return loaded
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """The file is the old one or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)

@@ -14,7 +14,8 @@ import numpy as np
 
 from vla_jax.errors import UserError
 from vla_jax.evaluation.intervals import SeedComparison, compare_seeds, holm
-from vla_jax.evaluation.results import Results, write_atomically
+from vla_jax.evaluation.results import Results
+from vla_jax.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

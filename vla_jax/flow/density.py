@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from vla_jax.flow.path import point
 from vla_jax.flow.solve import Field
@@ -17,13 +17,17 @@ from vla_jax.flow.solve import Field
 TIMES = (0.02, 0.999)  # of `relative_log_likelihood`; what lies beyond weighs next to nothing
 
 
-def log_density(velocity: Field, data: Float[Array, "B C A"], *, steps: int = 16) -> Float[Array, " B"]:
+def log_density(
+    velocity: Field, data: Float[Array, "B C A"], dimensions: Bool[Array, "B A"] | None = None, *, steps: int = 16
+) -> Float[Array, " B"]:
     """log p(data) in nats, p being the law of x_1 for dx/dt = velocity(x, t) from x_0 ~ N(0, 1).
 
     log p(x_1) = log N(x_0) - integral of the divergence along the path (Chen et al., arXiv 1806.07366), from t = 1 back
     to t = 0 with `steps` steps of the classical Runge-Kutta method. The divergence is the full trace of the Jacobian,
     one forward derivative for each of the D dimensions, not an estimate. Units are those of `data`: a change of units
     adds the log-determinant of its scale. A sample must not depend on the others of the batch.
+
+    dimensions: those that a sample's robot has (None: all); data and velocity are 0 in the others, which count nothing.
     """
     size = data.shape[1] * data.shape[2]
     basis = jnp.eye(size, dtype=data.dtype).reshape(size, *data.shape[1:])
@@ -52,7 +56,8 @@ def log_density(velocity: Field, data: Float[Array, "B C A"], *, steps: int = 16
 
     times = 1.0 - jnp.arange(steps, dtype=jnp.float32) / steps
     (noise, lost), _ = lax.scan(step, (data, jnp.zeros(len(data), data.dtype)), times)
-    return -0.5 * (jnp.square(noise).sum((-2, -1)) + size * np.log(2 * np.pi)) - lost
+    numbers = size if dimensions is None else data.shape[1] * dimensions.sum(-1)
+    return -0.5 * (jnp.square(noise).sum((-2, -1)) + numbers * np.log(2 * np.pi)) - lost
 
 
 def relative_log_likelihood(

@@ -35,9 +35,19 @@ def sample_time(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, ...]:
 
 
 def squared_error(
-    predicted: Float[Array, "*B C A"], target: Float[Array, "*B C A"], mask: Bool[Array, "*#B C"]
+    predicted: Float[Array, "*B C A"], target: Float[Array, "*B C A"], mask: Bool[Array, "*#B C A"]
 ) -> Float[Array, "*B"]:
-    """Mean of (predicted - target)^2 over the actions where `mask` is True; 0 where there is none. Float32."""
-    error = jnp.square(predicted.astype(jnp.float32) - target).mean(-1)
-    weight = jnp.broadcast_to(mask, error.shape).astype(jnp.float32)
-    return (error * weight).sum(-1) / jnp.maximum(weight.sum(-1), 1.0)
+    """Mean of (predicted - target)^2 over what counts; 0 where nothing does. Float32.
+
+    mask: True where an action is one of the episode and a dimension one of the robot; all actions of a sample have the
+        same dimensions. The gradient of the others is exactly 0.
+
+    Green-VLA (arXiv 2602.00919) leaves dimensions that a robot lacks out of the error, as a target of 0 there would
+    teach nothing but padding. Its released code divides the sum over a batch by what counts in the batch, so that a
+    robot of 14 dimensions pulls twice as hard as one of 7. Here every sample is divided by what counts in it: how much
+    a robot matters is said by the weights of the mixture alone.
+    """
+    error = jnp.square(jnp.where(mask, predicted.astype(jnp.float32) - target, 0.0)).mean(-1).sum(-1)
+    actions, dimensions = mask.any(-1).sum(-1), mask.any(-2).sum(-1)
+    # The last factor is exactly 1 where no dimension is missing: a robot alone has the numbers of the plain mean.
+    return error / jnp.maximum(actions, 1) * (mask.shape[-1] / jnp.maximum(dimensions, 1))

@@ -35,16 +35,17 @@ def draw(keys: Key[Array, " B"], shape: tuple[int, int, int]) -> Draw:
 
 
 def draw_errors(
-    field: Field, actions: Float[Array, "B C A"], action_mask: Bool[Array, "B C"], draws: Draw
+    field: Field, actions: Float[Array, "B C A"], action_mask: Bool[Array, "B C A"], draws: Draw
 ) -> Float[Array, "B R"]:
-    """|field(x_t, t) - (actions - noise)|^2 of every draw: mean over valid actions and dimensions."""
+    """|field(x_t, t) - (actions - noise)|^2 of every draw: the mean over what `action_mask` lets count, which is also
+    the sample's weight (see `flow.path.squared_error`)."""
     data = actions[:, None]
     predicted = field(point(draws.noise, data, draws.time), draws.time)
     return squared_error(predicted, velocity(draws.noise, data), action_mask[:, None])
 
 
 def flow_matching(
-    field: Field, actions: Float[Array, "B C A"], action_mask: Bool[Array, "B C"], draws: Draw
+    field: Field, actions: Float[Array, "B C A"], action_mask: Bool[Array, "B C A"], draws: Draw
 ) -> Float[Array, " B"]:
     """BayesianVLA (arXiv 2601.15197), Eq. 8, for each sample: the mean of its draws' errors. Actions in model units."""
     return draw_errors(field, actions, action_mask, draws).mean(1)

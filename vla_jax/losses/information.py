@@ -23,25 +23,29 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from vla_jax.flow.path import point
 from vla_jax.losses.flow_matching import draw
 from vla_jax.losses.language import token_log_likelihood
-from vla_jax.models.expert import Condition
+from vla_jax.models.expert import Condition, present
 from vla_jax.models.policy import Chunk, Policy, Reading
 
 
-def recorded_chunk(actions: Float[Array, "B C A"], keys: Key[Array, " B"], noised: bool) -> Chunk:
-    """What the reader learns from: recorded actions (model units), clean or at a point of the flow."""
+def recorded_chunk(
+    actions: Float[Array, "B C A"], dimensions: Bool[Array, "B A"], keys: Key[Array, " B"], noised: bool
+) -> Chunk:
+    """What the reader learns from: recorded actions (model units), clean or at a point of the flow; 0 in dimensions
+    that the robot lacks."""
     noise, time = (part[:, 0] for part in draw(keys, (1, *actions.shape[1:])))
     time = time if noised else time * 0 + 1
-    return Chunk(point(noise, actions, time), time)
+    return Chunk(present(point(noise, actions, time), dimensions), time)
 
 
 def predicted_chunk(
     policy: Policy, condition: Condition, actions: Float[Array, "B C A"], keys: Key[Array, " B"]
 ) -> Chunk:
-    """The actions at which the policy aims from a point of the flow: x_t + (1 - t) v(x_t, t), differentiable."""
+    """The actions at which the policy aims from a point of the flow: x_t + (1 - t) v(x_t, t), differentiable; 0 in
+    dimensions that the robot lacks."""
     noise, time = draw(keys, (1, *actions.shape[1:]))
     x = point(noise, actions[:, None], time)
     aim = x + (1 - time[..., None, None]) * policy.velocity(x, time, condition)
-    return Chunk(aim[:, 0], time[:, 0] * 0 + 1)
+    return Chunk(present(aim[:, 0], condition.dimensions), time[:, 0] * 0 + 1)
 
 
 def frozen(policy: Policy) -> Policy:

@@ -109,9 +109,10 @@ def objective(
     """The scalar to minimise, every term of it, and the new gate state.
 
     batch: images uint8[B, H, W, 3] by view, state float32[B, F] and actions float32[B, C, A] in SI units, action_mask
-    bool[B, C], tokens int32[B, L], token_mask bool[B, L], and, where they have a weight, "questions" (see
-    `losses.questions`). row int32[B], where given: the places of the samples in a larger batch of which this is a part;
-    a sample's noise depends on it and on the key alone. The loss is the sum of weight x value over the terms.
+    bool[B, C, A] (the action is one of the episode, and the dimension one of the robot), tokens int32[B, L], token_mask
+    bool[B, L], and, where they have a weight, "questions" (see `losses.questions`). row int32[B], where given: the
+    places of the samples in a larger batch of which this is a part; a sample's noise depends on it and on the key
+    alone. The loss is the sum of weight x value over the terms.
     """
     terms: dict[str, Term] = {}
     if config.demonstrations:
@@ -130,7 +131,8 @@ def _demonstration_terms(
     actions = policy.normalizer.normalize_action(batch["actions"])
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch.get("row", jnp.arange(len(actions))))
     *flow_keys, reader_keys, aim_keys = jax.vmap(lambda key: jax.random.split(key, 5), out_axes=1)(keys)
-    chunk = recorded_chunk(actions, reader_keys, config.reader_noise) if config.reader_weight else None
+    dimensions = batch["action_mask"].any(1)
+    chunk = recorded_chunk(actions, dimensions, reader_keys, config.reader_noise) if config.reader_weight else None
     other, differs = negatives(tokens, mask) if config.contrastive_weight else (None, None)
     readings = policy.encode(batch["images"], tokens, mask, config.branches, chunk, other)
     log_p = {name: likelihoods(policy, readings[name], tokens) for name in config.likelihoods}
@@ -155,7 +157,7 @@ def _demonstration_terms(
         gained = jnp.where(mask, log_p["action"] - log_p["posterior"], 0.0).sum(-1)
         terms["information"] = term(gained, mask.any(-1))  # nats an instruction
     if config.pmi_weight:
-        condition = policy.condition(readings["posterior"], batch["state"])
+        condition = policy.condition(readings["posterior"], batch["state"], dimensions)
         aimed = read_back(policy, predicted_chunk(policy, condition, actions, aim_keys), batch, mask)
         ratio = mean_over_tokens(aimed - lax.stop_gradient(log_p["posterior"]), mask)
         terms["pmi"] = term(ratio, mask.any(-1), -config.pmi_weight)
@@ -172,7 +174,7 @@ def _flow_terms(
     config: LossConfig,
 ) -> dict[str, Term]:
     """The terms of the action side. differs: whether the negative is another instruction, where there are negatives."""
-    errors, acts = _flow_errors(policy, readings, batch, actions, keys, config), batch["action_mask"].any(-1)
+    errors, acts = _flow_errors(policy, readings, batch, actions, keys, config), batch["action_mask"].any((-2, -1))
     terms = {"fm_posterior": term(errors["posterior"], acts, 1 - config.prior_weight)}
     if config.prior_weight:
         terms["fm_prior"] = term(errors["prior"], acts, config.prior_weight)
@@ -201,7 +203,8 @@ def _flow_errors(
         draws["prior"] = draw(prior_keys, shape)
     if config.contrastive_weight:
         draws["negative"] = draws["posterior"]  # only the words differ
-    conditions = {name: policy.condition(readings[name], batch["state"]) for name in draws}
+    seen = batch["state"], batch["action_mask"].any(1)
+    conditions = {name: policy.condition(readings[name], *seen) for name in draws}
     if config.prior_weight and config.detach_prior:
         prior = conditions["prior"]
         conditions["prior"] = prior._replace(context=lax.stop_gradient(prior.context))

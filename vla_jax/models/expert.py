@@ -46,11 +46,13 @@ class ExpertConfig:
 
 
 class Condition(NamedTuple):
-    """What the actions depend on: hidden states, which of them count (None: all), proprioception in model units."""
+    """What the actions depend on: hidden states, which of them count (None: all), proprioception in model units, and
+    which dimensions of an action the robot has (None: all)."""
 
     context: Float[Array, "B S D"]
     valid: Bool[Array, "B S"] | None
     state: Float[Array, "B F"]
+    dimensions: Bool[Array, "B A"] | None = None
 
 
 class Memory(NamedTuple):
@@ -63,6 +65,14 @@ class Memory(NamedTuple):
     values: Float[Array, "depth B S K H"]
     valid: Bool[Array, "B S"] | None
     state: Float[Array, "B 1 D"] | None
+    dimensions: Bool[Array, "B A"] | None
+
+
+def present(x: Float[Array, "B *R C A"], dimensions: Bool[Array, "B A"] | None) -> Float[Array, "B *R C A"]:
+    """x, and 0 in the dimensions that the robot of a sample does not have; x itself for None."""
+    if dimensions is None:
+        return x
+    return jnp.where(jnp.expand_dims(dimensions, tuple(range(1, x.ndim - 1))), x, 0.0)
 
 
 class AdaptiveNorm(nnx.Module):
@@ -126,7 +136,11 @@ class ExpertPair(nnx.Module):
 
 
 class ActionExpert(nnx.Module):
-    """v(x_t, t | condition) for a chunk of C actions of width A, in model units."""
+    """v(x_t, t | condition) for a chunk of C actions of width A, in model units.
+
+    In dimensions that the robot of a sample does not have, it sees 0 whatever x_t holds there, and its velocity is 0.
+    So noise in them tells nothing, nothing is learned there, and training and every sampler see the same.
+    """
 
     def __init__(
         self,
@@ -172,7 +186,7 @@ class ActionExpert(nnx.Module):
         state = None
         if self.state_in is not None:
             state = self.state_out(jax.nn.relu(self.state_in(condition.state)))[:, None]
-        return Memory(keys, values, condition.valid, state)
+        return Memory(keys, values, condition.valid, state, condition.dimensions)
 
     def __call__(
         self,
@@ -187,7 +201,8 @@ class ActionExpert(nnx.Module):
         chance = None if keys is None or self.dropout == 0 else split_each(keys, self.depth)
         x = self.pairs(x, embedded, mask, each=(memory.keys, memory.values, chance))
         x = self.project(self.norm(x[:, :, -actions.shape[2] :], embedded))
-        return self.head_out(jax.nn.relu(self.head_hidden(x))).astype(jnp.float32)
+        velocity = self.head_out(jax.nn.relu(self.head_hidden(x))).astype(jnp.float32)
+        return present(velocity, memory.dimensions)
 
     def begin(
         self, actions: Float[Array, "B R C A"], time: Float[Array, "B R"], memory: Memory
@@ -195,7 +210,7 @@ class ActionExpert(nnx.Module):
         """What the first block takes: the tokens [state | future | actions], and the embedded flow time."""
         bucket = jnp.floor(time * BUCKETS)
         embedded = self.time_out(jax.nn.silu(self.time_in(sinusoid(bucket, SINUSOID))))
-        return self._tokens(actions, bucket, memory.state), embedded
+        return self._tokens(present(actions, memory.dimensions), bucket, memory.state), embedded
 
     def _tokens(self, actions, bucket, state) -> Float[Array, "B R T D"]:
         """[state | future | actions]; each action is encoded together with the flow time: W3 swish(W2 [W1 a; tau])."""

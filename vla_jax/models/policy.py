@@ -21,7 +21,7 @@ from vla_jax.errors import UserError
 from vla_jax.flow.solve import Field, Transform, identity, solve
 from vla_jax.flow.transforms import Weight, extrapolate
 from vla_jax.models.actions import ActionReader
-from vla_jax.models.expert import ActionExpert, Condition, ExpertConfig
+from vla_jax.models.expert import ActionExpert, Condition, ExpertConfig, present
 from vla_jax.models.keypoints import KeypointConfig, KeypointEncoder
 from vla_jax.models.normalizer import DataFacts, Normalizer
 from vla_jax.models.qwen_vision import QwenViews, QwenVisionConfig
@@ -274,9 +274,14 @@ class Policy(Words):
 
         return jnp.concatenate([part(span) for span in layout.spans], 2)
 
-    def condition(self, reading: Reading, state: Float[Array, "B F"]) -> Condition:
-        """What the expert gets to see. state: proprioception in SI units."""
-        return Condition(reading.hidden, reading.valid, self.normalizer.normalize_state(state))
+    def condition(
+        self, reading: Reading, state: Float[Array, "B F"], dimensions: Bool[Array, "B A"] | None = None
+    ) -> Condition:
+        """What the expert gets to see.
+
+        state: proprioception in SI units. dimensions: of an action, those that the robot has (None: all of them).
+        """
+        return Condition(reading.hidden, reading.valid, self.normalizer.normalize_state(state), dimensions)
 
     def velocity(
         self,
@@ -302,7 +307,8 @@ class Policy(Words):
     def sample(
         self, condition: Condition, noise: Float[Array, "B C A"], *, steps: int = 4, transform: Transform = identity
     ) -> Float[Array, "B C A"]:
-        """Carry noise to actions (model units) along the velocity field."""
+        """Carry noise to actions (model units) along the velocity field; 0 in dimensions that the robot lacks."""
+        noise = present(noise, condition.dimensions)
         return solve(self.field(condition), noise, steps=steps, transform=transform)
 
     def act(
@@ -316,13 +322,15 @@ class Policy(Words):
     ) -> Float[Array, "B C A"]:
         """A chunk of actions in SI units.
 
-        observation: {"images": {view: uint8[B, H, W, 3]}, "state": float32[B, F] in SI units}.
+        observation: {"images": {view: uint8[B, H, W, 3]}, "state": float32[B, F] in SI units}; for a robot of a mixture
+            also "dimensions", bool[B, A]: those of an action that it has (`Contract.dimensions`).
         guidance: None acts by the posterior branch alone, as in the paper. A number w reads both branches in one packed
             pass and follows v_prior + w (v_post - v_prior); it may be traced, and be a schedule (see `extrapolate`).
         """
         branches = ("posterior",) if guidance is None else ("prior", "posterior")
         readings = self.encode(observation["images"], tokens, token_mask, branches)
-        conditions = {name: self.condition(reading, observation["state"]) for name, reading in readings.items()}
+        seen = observation["state"], observation.get("dimensions")
+        conditions = {name: self.condition(reading, *seen) for name, reading in readings.items()}
         noise = jax.random.normal(key, (len(tokens), self.config.chunk, len(self.facts.action_low)))
         transform = identity if guidance is None else extrapolate(self.field(conditions["prior"]), guidance)
         actions = self.sample(conditions["posterior"], noise, steps=steps, transform=transform)

@@ -102,7 +102,7 @@ class Cloning:
     def _loss(self, expert: FlatArrays, weights: FlatArrays, batch, key) -> Float[Array, ""]:
         policy, condition = merge(self.graphdef, {**weights, **expert}), batch.observation["posterior"]
         B, C, A = batch.chunk.shape
-        everything = jnp.ones((B, C), bool)
+        everything = jnp.ones((B, C, A), bool)
         errors = flow_matching(
             lambda x, t: policy.velocity(x, t, condition),
             batch.chunk,

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from vla_jax.errors import UserError
-from vla_jax.evaluation.results import write_atomically
+from vla_jax.files import write_atomically
 from vla_jax.steering.check import check
 from vla_jax.steering.program import Program, parse
 from vla_jax.steering.terms import TERMS, View

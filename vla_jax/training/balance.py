@@ -17,7 +17,7 @@ from vla_jax.data.balance import effective_share, episode_weights
 from vla_jax.data.contract import Contract
 from vla_jax.data.dataset import open_dataset
 from vla_jax.data.loader import BatchReader, DataConfig
-from vla_jax.evaluation.results import write_atomically
+from vla_jax.files import write_atomically
 from vla_jax.losses.information import likelihoods
 
 BATCH = 256

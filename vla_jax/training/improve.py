@@ -27,8 +27,9 @@ from vla_jax.evaluation import charts, video
 from vla_jax.evaluation.evaluate import EvalConfig, Evaluator, World, format_table
 from vla_jax.evaluation.records import load_run
 from vla_jax.evaluation.report import BAD, GOOD, require_extra
-from vla_jax.evaluation.results import Results, save_results, write_atomically
+from vla_jax.evaluation.results import Results, save_results
 from vla_jax.evaluation.rollout import Trials
+from vla_jax.files import write_atomically
 from vla_jax.rl.agent import AgentConfig, NoiseAliased, Sac, Search
 from vla_jax.rl.collect import Collector
 from vla_jax.rl.controls import Cloning, FixedNoise

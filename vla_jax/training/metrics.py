@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vla_jax.errors import UserError
+from vla_jax.files import write_atomically
 from vla_jax.losses.term import Term
 
 METRICS_FILE = "metrics.jsonl"
@@ -35,7 +36,8 @@ class MetricsWriter:
     """Appends numbers to metrics.jsonl and to TensorBoard event files.
 
     A line is {"kind", "step", "time" (seconds since 1970), ...}: kinds are "train" (means since the last such line),
-    "validation" (held-out loss) and "evaluation" (one line a split). Values that are not finite become null.
+    "validation" (held-out loss; of a mixture also "<dataset>/loss", ...) and "evaluation" (one line a split). Values
+    that are not finite become null.
     """
 
     def __init__(self, run_dir: Path, resumed_step: int):
@@ -44,9 +46,7 @@ class MetricsWriter:
         self._run_dir = run_dir
         with disk_space(run_dir):
             kept = [line for line in _lines(self.path) if line["step"] <= resumed_step]
-            draft = self.path.with_suffix(".tmp")
-            draft.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(draft, self.path)
+            write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self.path.open("a")
         self._board = _tensorboard(run_dir / "tensorboard", resumed_step)
 

@@ -97,11 +97,11 @@ def batch_shapes(config: TrainConfig, facts: DataFacts, mesh: Mesh | None = None
 
     batch: dict[str, Any] = {}
     if config.loss.demonstrations:
-        chunk, size = config.policy.chunk, config.data.batch_size
+        chunk, size = (config.policy.chunk, len(facts.action_low)), config.data.batch_size
         parts = {
             "state": ((len(facts.state_low),), np.float32),
-            "actions": ((chunk, len(facts.action_low)), np.float32),
-            "action_mask": ((chunk,), np.bool_),
+            "actions": (chunk, np.float32),
+            "action_mask": (chunk, np.bool_),
             "row": ((), np.int32),
         }
         batch = {**seen(size), **shapes(size, parts)}

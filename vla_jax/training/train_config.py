@@ -36,7 +36,8 @@ class TrainConfig:
         accumulate: parts of a batch that are computed one after the other, each with 1 / accumulate of the activations'
             memory; the gradient is that of the whole batch.
         log_every: steps between lines of metrics.
-        validate_every: steps between held-out losses, each over `validation_batches` batches; 0 is never.
+        validate_every: steps between held-out losses, each over `validation_batches` batches; 0 is never. A mixture has
+            those of each dataset too, over as many.
         eval_every: steps between closed-loop evaluations, with one more after the last step; 0 is never.
         checkpoint_every: steps between checkpoints, with one more after the last step.
         keep_checkpoints: newest checkpoints that are kept.

@@ -21,12 +21,13 @@ from tqdm import tqdm
 import vla_jax
 from vla_jax.config import diff, to_json
 from vla_jax.data.contract import Contract
-from vla_jax.data.loader import data_contract, describe_data, make_loader
+from vla_jax.data.loader import data_contract, describe_data, make_loader, members
 from vla_jax.data.tokenizer import with_limit
 from vla_jax.envs.questions import Questioner, QuestionStream
 from vla_jax.errors import UserError
 from vla_jax.evaluation.evaluate import Evaluator, World, format_table
-from vla_jax.evaluation.results import save_results, write_atomically
+from vla_jax.evaluation.results import save_results
+from vla_jax.files import write_atomically
 from vla_jax.models.policy import LANGUAGE_MODEL
 from vla_jax.platform import is_first, wait_for_all
 from vla_jax.pretrained.backbone import load_backbone, policy_on, tokenizer_of
@@ -190,17 +191,25 @@ def start_from(run_dir: str | Path, state: TrainState, contract: Contract) -> Tr
 
 
 def _validation(config: TrainConfig, contract: Contract, program: Program, mesh: Mesh):
-    """A function of the state that gives the mean losses on the same held-out batches with the same noise; or None."""
+    """A function of the state that gives the mean losses on the same held-out batches with the same noise; or None.
+
+    Of a mixture, those of each dataset alone as well, as "<dataset>/loss" and so on.
+    """
     if not config.validate_every:
         return None
-    held_out = _make_data(config, contract, "held_out")
-    batches = first(held_out, config.validation_batches)
-    held_out.close()
-    key = jax.random.key(config.seed)
+    held_out = dataclasses.replace(config.data, split="held_out", workers=0)
+    batches, key = {}, jax.random.key(config.seed)
+    for name, data in {"": held_out, **members(held_out)}.items():
+        stream = _make_data(dataclasses.replace(config, data=data), contract, "held_out")
+        batches[f"{name}/" if name else ""] = first(stream, config.validation_batches)
+        stream.close()
 
-    def validate(state: TrainState) -> dict[str, float]:
+    def losses(state: TrainState, batches: list[dict[str, Any]]) -> dict[str, float]:
         placed = (_place({k: v for k, v in b.items() if k not in ("episode", "step")}, mesh) for b in batches)
         return mean_losses(program.validate(state, batch, jax.random.fold_in(key, i)) for i, batch in enumerate(placed))
+
+    def validate(state: TrainState) -> dict[str, float]:
+        return {name + key: loss for name, own in batches.items() for key, loss in losses(state, own).items()}
 
     return validate
 
