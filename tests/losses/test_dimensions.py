@@ -43,11 +43,11 @@ def narrowed(policy, width):
 
 
 @pytest.fixture(scope="module")
-def run(policy, compile):
+def run(policy):
     """batch -> (loss, terms), gradient."""
     graph, params, rest = nnx.split(policy, nnx.Param, ...)
 
-    @compile
+    @jax.jit
     def run(params, batch):
         def loss(params):
             total, (terms, _) = objective(nnx.merge(graph, params, rest), batch, KEY, CONFIG, initial_gate())
@@ -83,7 +83,7 @@ def test_outputs_in_missing_dimensions_have_no_gradient(mixed):
     assert (gradient[~counts] == 0).all() and (gradient[counts] != 0).all()
 
 
-def test_a_mixed_batch_has_the_mean_of_its_robots_own_losses(run, policy, mixed, compile):
+def test_a_mixed_batch_has_the_mean_of_its_robots_own_losses(run, policy, mixed):
     """Both branches, each robot by a policy as narrow as it is, with the same noise in the dimensions that it has."""
     rows = jax.vmap(lambda row: jax.random.split(jax.random.fold_in(KEY, row), 5))(np.arange(3))
     losses = {"prior": [], "posterior": []}
@@ -93,7 +93,7 @@ def test_a_mixed_batch_has_the_mean_of_its_robots_own_losses(run, policy, mixed,
         actions, mask = own["actions"][..., :width], own["action_mask"][..., :width]
         draws = [draw(rows[row : row + 1, index], (2, 4, 3)) for index in range(2)]
 
-        @compile
+        @jax.jit
         def alone(state, own=own, actions=actions, mask=mask, draws=draws, graph=graph, width=width):
             narrow, found = nnx.merge(graph, state), {}
             readings = narrow.encode(own["images"], own["tokens"], own["token_mask"], ("prior", "posterior"))
@@ -113,11 +113,11 @@ def test_a_mixed_batch_has_the_mean_of_its_robots_own_losses(run, policy, mixed,
         assert np.ptp(own) > 1e-3
 
 
-def test_the_policy_acts_as_one_without_padding(policy, mixed, compile):
+def test_the_policy_acts_as_one_without_padding(policy, mixed):
     """Whatever the noise holds in missing dimensions, it is the narrow policy's chunk, and 0 there (model units)."""
     noise = np.random.default_rng(0).normal(size=(3, 4, 3)).astype(np.float32)
 
-    @compile
+    @jax.jit
     def sampled(policy, noise, dimensions):
         reading = policy.encode(mixed["images"], mixed["tokens"], mixed["token_mask"])["posterior"]
         return policy.sample(policy.condition(reading, mixed["state"], dimensions), noise, steps=3)
@@ -130,7 +130,7 @@ def test_the_policy_acts_as_one_without_padding(policy, mixed, compile):
     np.testing.assert_array_equal(sampled(policy, np.where(EXISTS[:, None], noise, 9.0), EXISTS), found)
     assert np.abs(sampled(policy, noise, None) - found)[1, :, :1].max() > 1e-3, "else what is missing would be seen"
     seen = {"images": mixed["images"], "state": mixed["state"]}
-    act = compile(lambda policy, seen: policy.act(seen, mixed["tokens"], mixed["token_mask"], KEY))
+    act = jax.jit(lambda policy, seen: policy.act(seen, mixed["tokens"], mixed["token_mask"], KEY))
     plain, told = (np.asarray(act(policy, part)) for part in (seen, {**seen, "dimensions": EXISTS}))
     np.testing.assert_allclose(plain[0], told[0], atol=1e-5)
     assert np.abs(plain - told)[1, :, :1].max() > 1e-4
