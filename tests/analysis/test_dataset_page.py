@@ -92,7 +92,7 @@ def test_the_verb_tells_a_dataset_from_a_checkpoint(good, printed, monkeypatch, 
 def test_other_directories_are_named(tmp_path):
     with pytest.raises(UserError, match="is a LeRobot dataset: python -m experiments.convert"):
         inspect.main([str(write_lerobot(tmp_path / "x", "v2.1", []))])
-    with pytest.raises(UserError, match="give one directory, a dataset or a checkpoint"):
+    with pytest.raises(UserError, match="give one directory, a dataset, a checkpoint or a run"):
         inspect.main([])
     with pytest.raises(UserError, match="config.json"):
         inspect.main([str(tmp_path)])

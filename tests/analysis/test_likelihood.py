@@ -26,7 +26,7 @@ class KnownPolicy(nnx.Module):
     def encode(self, images, tokens, token_mask, branches):
         return {name: {"prior": PRIOR, "posterior": POSTERIOR}[name] for name in branches}
 
-    def condition(self, reading, state, dimensions):
+    def condition(self, reading, state, dimensions=None):
         return reading
 
     def field(self, condition):
@@ -77,7 +77,7 @@ class TellingPolicy(KnownPolicy):
     def encode(self, images, tokens, token_mask, branches):
         return {"posterior": tokens[:, :1, None] / 2}
 
-    def condition(self, reading, state, dimensions):
+    def condition(self, reading, state, dimensions=None):
         return reading, 0.5
 
     def act(self, observation, tokens, token_mask, key):

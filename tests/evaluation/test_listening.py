@@ -76,7 +76,7 @@ class Known(nnx.Module):
         tables = {"prior": self.middle, "posterior": self.means}
         return {name: Reading(tables[name][...][row], None, predictors) for name in branches}
 
-    def condition(self, reading, state, dimensions):
+    def condition(self, reading, state, dimensions=None):
         return reading.hidden
 
     def word_logits(self, predictors):

@@ -221,4 +221,4 @@ def test_inspect_prints_what_is_there(paligemma):
         assert f"| {module} |" in out
     assert "(unknown)" not in out and "full fine-tuning" in out
     wrong = subprocess.run(command[:-1] + ["nowhere"], cwd=ROOT, capture_output=True, text=True)
-    assert wrong.returncode == 2 and wrong.stderr.startswith("error: nowhere is no checkpoint")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: no directory nowhere")
