@@ -218,6 +218,10 @@ def figure(results: Sequence[CellResult], splits: Sequence[str] = ("in_distribut
                         axis.plot([row["rho"]] * row["seeds"], row["by_seed"], ".", color=f"C{index}")
             axis.set(xlabel="ρ", ylim=(-0.02, 1.02), title=f"{_spaced(split)} ({coupling})")
             axis.set_xscale("symlog", linthresh=0.01)
+            rhos = sorted({row["rho"] for row in rows})
+            axis.set_xticks(rhos, [f"{rho:g}" for rho in rhos])
+            axis.minorticks_off()
+            axis.margins(x=0.1)
         line[0].set_ylabel("success")
     panels[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return drawn
