@@ -311,6 +311,20 @@ class Policy(Words):
         noise = present(noise, condition.dimensions)
         return solve(self.field(condition), noise, steps=steps, transform=transform)
 
+    def conditions(
+        self,
+        observation: dict[str, Any],
+        tokens: Int[Array, "B L"],
+        token_mask: Bool[Array, "B L"],
+        guidance: Weight | None = None,
+    ) -> dict[str, Condition]:
+        """Everything that a chunk depends on but the noise, by branch: the posterior's, and with `guidance` the prior's
+        too, read in one packed pass. observation, guidance: see `act`."""
+        branches = ("posterior",) if guidance is None else ("prior", "posterior")
+        readings = self.encode(observation["images"], tokens, token_mask, branches)
+        seen = observation["state"], observation.get("dimensions")
+        return {name: self.condition(reading, *seen) for name, reading in readings.items()}
+
     def act(
         self,
         observation: dict[str, Any],
@@ -327,10 +341,7 @@ class Policy(Words):
         guidance: None acts by the posterior branch alone, as in the paper. A number w reads both branches in one packed
             pass and follows v_prior + w (v_post - v_prior); it may be traced, and be a schedule (see `extrapolate`).
         """
-        branches = ("posterior",) if guidance is None else ("prior", "posterior")
-        readings = self.encode(observation["images"], tokens, token_mask, branches)
-        seen = observation["state"], observation.get("dimensions")
-        conditions = {name: self.condition(reading, *seen) for name, reading in readings.items()}
+        conditions = self.conditions(observation, tokens, token_mask, guidance)
         noise = jax.random.normal(key, (len(tokens), self.config.chunk, len(self.facts.action_low)))
         transform = identity if guidance is None else extrapolate(self.field(conditions["prior"]), guidance)
         actions = self.sample(conditions["posterior"], noise, steps=steps, transform=transform)

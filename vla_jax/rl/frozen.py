@@ -67,7 +67,7 @@ def flow_of(graphdef: nnx.GraphDef, shape: tuple[int, int], steps: int, guidance
     """
 
     def read(weights, observation, tokens, token_mask):
-        return read_policy(merge(graphdef, weights), observation, tokens, token_mask, guidance)
+        return merge(graphdef, weights).conditions(observation, tokens, token_mask, guidance)
 
     def decode(weights, conditions, noise):
         return decode_policy(merge(graphdef, weights), conditions, noise, steps, guidance)
@@ -76,13 +76,6 @@ def flow_of(graphdef: nnx.GraphDef, shape: tuple[int, int], steps: int, guidance
         return merge(graphdef, weights).normalizer.denormalize_action(chunk)
 
     return Flow(read, lambda conditions: summarize(conditions["posterior"], summary), decode, to_robot, shape)
-
-
-def read_policy(policy: Policy, observation, tokens, token_mask, guidance) -> dict[str, Condition]:
-    """Everything that a chunk depends on but the noise, by branch."""
-    branches = ("posterior",) if guidance is None else ("prior", "posterior")
-    readings = policy.encode(observation["images"], tokens, token_mask, branches)
-    return {name: policy.condition(reading, observation["state"]) for name, reading in readings.items()}
 
 
 def decode_policy(policy: Policy, conditions: dict[str, Condition], noise, steps, guidance) -> Float[Array, "B C A"]:
@@ -166,7 +159,7 @@ class SteeredPolicy(nnx.Module):
 
     def act(self, observation, tokens, token_mask, key, steps=4, guidance=None) -> Float[Array, "B C A"]:
         """A chunk of actions in SI units; see `Policy.act`."""
-        conditions = read_policy(self.policy, observation, tokens, token_mask, guidance)
+        conditions = self.policy.conditions(observation, tokens, token_mask, guidance)
         chosen = self.noise(conditions["posterior"], key)
         noise = jnp.where(self.steered[...], chosen, jax.random.normal(key, chosen.shape))
         chunk = decode_policy(self.policy, conditions, noise, steps, guidance)

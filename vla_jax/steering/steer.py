@@ -201,7 +201,7 @@ def act(
     def reward(x, t):
         return jax.vmap(jax.vmap(lambda path: own.program.reward(view, path, loop.stage)))(paths(x))
 
-    conditions = _read(policy, config, observation, tokens, token_mask)
+    conditions = policy.conditions(observation, tokens, token_mask, config.extrapolate)
     field, bend = _field(policy, config, conditions, own, execute, 1 - arm.alone)
     noise_key, steer_key = jax.random.split(jax.random.fold_in(key, 1))
     noise = jax.random.normal(key, (1, *own.previous.shape)) if source is None else source(conditions["posterior"], key)
@@ -213,12 +213,6 @@ def act(
     loop = remember(config.loop, loop, reward(chunk[None, None], 1.0)[0, 0])
     after = dataclasses.replace(own, origin=view.start, previous=chunk, chunks=own.chunks + 1, loop=loop)
     return policy.normalizer.denormalize_action(chunk)[None], jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], after)
-
-
-def _read(policy: Policy, config: SteerConfig, observation, tokens, token_mask) -> dict[str, Condition]:
-    branches = ("posterior",) if config.extrapolate is None else ("prior", "posterior")
-    readings = policy.encode(observation["images"], tokens, token_mask, branches)
-    return {name: policy.condition(reading, observation["state"]) for name, reading in readings.items()}
 
 
 def _field(
