@@ -17,7 +17,7 @@ from vla_jax.errors import UserError
 from vla_jax.evaluation.evaluate import EvalConfig
 from vla_jax.models.expert import Condition
 from vla_jax.models.normalizer import DataFacts, Normalizer
-from vla_jax.models.policy import PolicyConfig
+from vla_jax.models.policy import Policy, PolicyConfig
 from vla_jax.rl.agent import AgentConfig
 from vla_jax.rl.collect import Collector
 from vla_jax.rl.loop import LoopConfig
@@ -51,8 +51,10 @@ class Pushing(nnx.Module):
     def encode(self, images, tokens, token_mask, branches):
         return dict.fromkeys(branches, images["front"].astype(jnp.float32).mean((1, 2))[:, None] / 255)
 
-    def condition(self, reading, state):
+    def condition(self, reading, state, dimensions=None):
         return Condition(reading, None, state)
+
+    conditions = Policy.conditions
 
     def sample(self, condition, noise, *, steps, transform):
         return self.gain[...] * noise
