@@ -26,12 +26,7 @@ SCRATCH = ("scratch", "scratch_bayesianvla")  # the baseline and the paper's met
 # The language model learns more slowly than the rest: ten times, as in the released code of BayesianVLA, or not at all.
 PROTECTED = {
     "slow_baseline": ("baseline", 0.1),
-    "slow_queries": ("queries", 0.1),
-    "slow_prior": ("prior", 0.1),
-    "slow_llr": ("llr", 0.1),
     "slow_bayesianvla": ("bayesianvla", 0.1),
-    "slow_balanced": ("balanced_tokens", 0.1),
-    "slow_cotrained": ("cotrained", 0.1),
     "frozen": ("baseline", 0.0),
     "frozen_queries": ("queries", 0.0),
 }
