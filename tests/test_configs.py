@@ -1,11 +1,14 @@
 """Every file in configs/ is complete: it resolves to the settings of the entry point that its text names."""
 
+import functools
 import importlib
 import shlex
 import sys
 
 import pytest
 
+from configs.studies import language_following
+from configs.studies.language_following import VARIANTS
 from configs.train import ARMS
 from experiments import __main__ as verbs
 from experiments import compare
@@ -66,6 +69,16 @@ def test_policies_on_released_models_are_complete(name, argument):
     else:
         assert billions[1.0] == pytest.approx(expert) and billions[0.1] > 1.9
         assert (billions[0.0] > 0.4) == argument.endswith("frozen")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_of_the_study_differs_from_its_arm_as_it_says(name):
+    arm, difference = VARIANTS[name]
+    arms = resolve(StudyConfig, language_following.get_config(f"{name},{arm}")).arms
+    for path, value in difference.items():
+        assert functools.reduce(getattr, path.split("."), arms[name]) == value
+        assert functools.reduce(getattr, path.split("."), arms[arm]) != value
+    assert name not in resolve(StudyConfig, language_following.get_config()).arms
 
 
 def test_a_misspelt_arm_gets_a_suggestion():
