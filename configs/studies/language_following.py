@@ -11,8 +11,8 @@ rho; `vision` is at 0 everywhere by construction; `unbiased` follows; `prior`, `
 `queries` and `unbiased` if the paper is right, and at `queries` if it is not; `balanced` comes near `unbiased` as long
 as there are enough samples that break the tie (rho = .1: about 270 episodes of 4000; rho = .02: about 50).
 Written before the `slow` and `frozen` arms ran, knowing that the others forget every answer of stage 0: they keep it,
-follow 20 points more than their counterparts at rho = .1, and aim less well. Before those with another number of queries
-(8), lambda (.3) or beta (.1) ran: none differs from `bayesianvla` by more than its seeds do.
+follow 20 points more than their counterparts at rho = .1, and aim less well. Before those with another number of
+queries (8), lambda (.3) or beta (.1) ran: none differs from `bayesianvla` by more than its seeds do.
 """
 
 from ml_collections import ConfigDict
