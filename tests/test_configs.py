@@ -2,8 +2,10 @@
 
 import functools
 import importlib
+import re
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +26,8 @@ from vla_jax.models.policy import Policy
 from vla_jax.training.optimizer import learning_rate_scales
 from vla_jax.training.state import abstract
 from vla_jax.training.train_config import TrainConfig
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -116,3 +120,33 @@ def test_every_entry_point_is_listed_with_what_it_does():
     lines = verbs.summary().splitlines()
     assert any(line.startswith("python -m experiments.train ") and "Trains a policy" in line for line in lines)
     assert all(line.endswith(".") for line in lines)
+
+
+NOTES = (ROOT / "experiments/README.md").read_text()
+COMMANDS = [
+    shlex.split(line)
+    for block in re.findall(r"```bash\n(.*?)```", NOTES, re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: f"{command[2]} {command[-1]}")
+def test_commands_of_the_lab_notes_have_settings_that_resolve(command, monkeypatch):
+    class Resolved(Exception):
+        pass
+
+    def stop(*arguments):
+        resolve(*arguments)
+        raise Resolved
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("vla_jax.config.resolve", stop)
+    python, option, module, *arguments = command
+    assert (python, option) == ("python", "-m")
+    with pytest.raises(Resolved):
+        importlib.import_module(module).main(arguments)
+
+
+def test_the_lab_notes_list_every_entry_point():
+    listed = re.findall(r"^\| `(\w+)` \|", NOTES, re.MULTILINE)
+    assert sorted(listed) == [line.split()[2].split(".")[1] for line in verbs.summary().splitlines()]
