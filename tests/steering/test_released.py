@@ -1,11 +1,13 @@
 """Released vision models behind keypoints: tiny random checkpoints (they need PyTorch), and masks that overlap."""
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from vla_jax.errors import UserError
 from vla_jax.steering import released
@@ -110,6 +112,16 @@ def test_what_is_no_sam_checkpoint_is_an_error(checkpoints, tmp_path):
     (tmp_path / "config.json").write_text((checkpoints / "sam-vit-base/config.json").read_text())
     with pytest.raises(UserError, match="holds no SAM checkpoint"):
         sam_masks(tmp_path)
+
+
+@pytest.mark.parametrize("name, load", [("dinov2-small", dino_features), ("sam-vit-base", sam_masks)])
+def test_a_checkpoint_that_lacks_a_weight_is_an_error(checkpoints, tmp_path, name, load):
+    shutil.copytree(checkpoints / name, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    lost = next(key for key in weights if "encoder" in key)
+    save_file({key: value for key, value in weights.items() if key != lost}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"lacks 1 weights of its model, as \S+: fetch it again"):
+        load(tmp_path)
 
 
 def test_without_pytorch_the_extra_is_named(monkeypatch):

@@ -57,7 +57,7 @@ def dino_features(directory: str | Path, size: int = 224) -> Features:
     """
     torch, transformers = _libraries("DINO features")
     try:
-        model = transformers.AutoModel.from_pretrained(directory, local_files_only=True).eval()
+        model = _load(transformers.AutoModel, directory)
         side = size // model.config.patch_size
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{directory} holds no DINO checkpoint that transformers can read") from error
@@ -88,7 +88,7 @@ def sam_masks(directory: str | Path, config: MaskConfig = DEFAULT) -> Masks:
         )
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(directory, local_files_only=True)
-        model = transformers.SamModel.from_pretrained(directory, local_files_only=True).eval()
+        model = _load(transformers.SamModel, directory)
     except (OSError, ValueError) as error:
         raise UserError(f"{directory} holds no SAM checkpoint that transformers can read") from error
 
@@ -146,3 +146,11 @@ def _libraries(what: str):
     except ImportError as error:
         raise UserError(f"{what} need PyTorch and transformers: pip install 'vla_jax[parity]'") from error
     return torch, transformers
+
+
+def _load(kind, directory: str | Path):
+    """The model with the weights of a directory; transformers only warns of those that are not there."""
+    model, found = kind.from_pretrained(directory, local_files_only=True, output_loading_info=True)
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(f"{directory} lacks {len(missing)} weights of its model, as {missing[0]}: fetch it again")
+    return model.eval()
