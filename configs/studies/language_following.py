@@ -13,8 +13,8 @@ as there are enough samples that break the tie (rho = .1: about 270 episodes of 
 Written before the `slow` and `frozen` arms ran, knowing that the others forget every answer of stage 0: they keep it,
 follow 20 points more than their counterparts at rho = .1, and aim less well. Before those with another number of
 queries (8), lambda (.3) or beta (.1) ran: none differs from `bayesianvla` by more than its seeds do.
-Before `much_contrast` ran, knowing that `contrastive` (.1) follows 37.5 % of swapped instructions at rho = .1: 10 points
-more than that, and less than 2 lost in distribution.
+Before `much_contrast` ran, knowing that `contrastive` (.1) follows 37.5 % of swapped instructions at rho = .1: 10
+points more than that, and less than 2 lost in distribution.
 """
 
 from ml_collections import ConfigDict
