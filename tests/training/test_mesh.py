@@ -19,7 +19,7 @@ from vla_jax.errors import UserError
 from vla_jax.models.normalizer import DataFacts
 from vla_jax.models.policy import Policy
 from vla_jax.nn.placement import AXES, partition
-from vla_jax.training.mesh import MeshConfig, check_batch_size, describe, state_shardings
+from vla_jax.training.mesh import MeshConfig, check_batch_size, describe, make_mesh, state_shardings
 from vla_jax.training.program import make_program
 from vla_jax.training.state import abstract
 from vla_jax.training.train_config import TrainConfig
@@ -114,6 +114,25 @@ def test_shapes_of_a_mesh():
         MeshConfig(data=3).shape(8)
     with pytest.raises(UserError, match="only one may be 0"):
         MeshConfig(data=0, fsdp=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh asks of a TPU's chip."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    platform, device_kind, core_on_chip, process_index, client = "tpu", "TPU v5 lite", 0, 0, None
+
+
+def test_slices_of_a_tpu_divide_the_data_axis():
+    chips = [Chip(4 * s + 2 * y + x, s, (x, y, 0)) for s in range(2) for y in range(2) for x in range(2)]
+    for shape in (MeshConfig(2, 2, 2), MeshConfig(4, 1, 2)):
+        first, second = np.split(make_mesh(shape, chips).devices, 2)
+        assert [{chip.slice_index for chip in half.flat} for half in (first, second)] == [{0}, {1}]
+    with pytest.raises(UserError, match="mesh.data = 1 cannot be divided among 2 slices: make it a multiple of 2"):
+        make_mesh(MeshConfig(1, 4, 2), chips)
 
 
 def test_a_batch_must_be_divisible():
