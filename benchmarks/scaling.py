@@ -141,6 +141,7 @@ def grow_devices(counts: list[int], rounds: int) -> None:
 
 
 def simulated(counts: list[int], rounds: int) -> None:
+    setup_compilation_cache()  # nearly all of the time is compiling: a second run, or one that was cut off, has it
     steps = {}
     for count in counts:
         for name, mesh in (("data", MeshConfig()), ("fsdp", MeshConfig(data=1, fsdp=0))):

@@ -3,10 +3,11 @@
 python -m experiments.plan --config=configs/bayesianvla_qwen3vl_4b.py --topology=v5e:16x16 [--mfu=0.4]
     [--config.mesh.tensor=2 …]
 
-Topologies: v5e:16x16, v6e:8x8, v5p:4x4x4 (the training step is compiled for them; the extra `tpu` has the compiler, no
-TPU is needed), and 8xH100, 64xH200 (by arithmetic). Sizes come from the data, where --config.data.directory or
-data.mixture names some; else the pictures are 224 pixels wide, with 7 actions and 8 numbers of state. Where the run
-does not fit, the status is 1 and the settings that would make it fit are named with what they need.
+Topologies: v5e:16x16, v6e:8x8, v5p:4x4x4, 2xv5e:16x16, which is two slices (the training step is compiled for them; the
+extra `tpu` has the compiler, no TPU is needed), and 8xH100, 64xH200 (by arithmetic). Sizes come from the data, where
+--config.data.directory or data.mixture names some; else the pictures are 224 pixels wide, with 7 actions and 8 numbers
+of state. Where the run does not fit, the status is 1 and the settings that would make it fit are named with what they
+need.
 """
 
 import os

@@ -30,7 +30,8 @@ def setup_compilation_cache() -> str:
 def start_processes(coordinator: str | None, processes: str | None, process: str | None, autodetect: bool) -> None:
     """Makes this process one of several that train together, where it is told to; before JAX is used for anything else.
 
-    Only the first process prints; errors come from all of them.
+    Only the first process prints; errors come from all of them. A process drives all devices of its machine, except
+    where SLURM or Open MPI started several on one: then the one GPU of its number there.
 
     Args:
         coordinator: "host:port" of the first process. processes: how many there are. process: which one this is.
@@ -43,17 +44,26 @@ def start_processes(coordinator: str | None, processes: str | None, process: str
         raise UserError("several processes need all of --coordinator=HOST:PORT, --processes=N and --process=0 … N-1")
     import jax
 
+    # Of the GPUs of a node, JAX gives a task of SLURM or Open MPI the one with the task's number on that node.
     if any(given):
-        jax.distributed.initialize(coordinator, int(processes), int(process))
+        jax.distributed.initialize(coordinator, int(processes), int(process), cluster_detection_method="deactivate")
     else:
         try:
-            jax.distributed.initialize()
-        except ValueError as error:
+            jax.distributed.initialize(local_device_ids=[] if _alone_on_its_node() else None)
+        except (ValueError, OSError) as error:  # nothing says who is who; a TPU's metadata cannot be read
             raise UserError(
                 f"--distributed found neither SLURM, Open MPI nor a TPU ({error}): give --coordinator"
             ) from error
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
+
+
+def _alone_on_its_node() -> bool:
+    """Whether SLURM or Open MPI, which may run inside it, started one process on each node."""
+    local = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
+    if local is not None:
+        return local == "1"
+    return os.environ.get("SLURM_STEP_NUM_NODES", "") == os.environ.get("SLURM_NTASKS")
 
 
 def is_first() -> bool:

@@ -1,9 +1,12 @@
 """The loop on a dummy model: order, guards, stops. The data is a real Grain iterator."""
 
-import errno
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -231,19 +234,46 @@ def test_metrics_after_the_restored_step_are_dropped_and_torn_lines_too(tmp_path
     assert lines[0]["odd"] is None
 
 
-def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
     make_loop(tmp_path / "run", steps=5).run()
     loop = make_loop(tmp_path / "run")
     loop._writer._file = open("/dev/full", "w")  # every write fails with "no space left on device"
     with pytest.raises(UserError, match=f"no space left for {tmp_path}/run: free some .* --resume"):
         loop.run()
-    loop = make_loop(tmp_path / "run")
-    full = ValueError(f"RESOURCE_EXHAUSTED: write failed [{os.strerror(errno.ENOSPC)}]")  # as TensorStore puts it
-
-    def save(*arguments, **options):
-        raise full
-
-    monkeypatch.setattr(loop._checkpoints._orbax, "save_checkpointables_async", save)
-    with pytest.raises(UserError, match="no space left"):
-        loop.run()
     assert make_loop(tmp_path / "run").step == 5
+
+
+def train_until_full(directory):
+    """Trains where there is room for one checkpoint and half of the next, makes room, and goes on."""
+    run_dir, ballast = directory / "run", directory / "ballast"
+    make_loop(run_dir, steps=5).run()
+    needed = sum(os.stat(path).st_blocks * 512 for path in (run_dir / "checkpoints" / "5").rglob("*"))
+    room = os.statvfs(directory)
+    ballast.write_bytes(bytes(room.f_bavail * room.f_frsize - needed // 2))
+    for attempt in ("told", "told again"):
+        try:
+            make_loop(run_dir).run()
+        except UserError as error:
+            print(f"{attempt}: {error}; complete: {Checkpoints(run_dir).steps}")
+    ballast.unlink()
+    make_loop(run_dir).run()
+    print(f"went on; complete: {Checkpoints(run_dir).steps}")
+
+
+# A file system of 4 MB that only this command sees and that ends with it.
+SMALL_DISK = ("unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs -o size=4M tmpfs "$0" && exec "$@"')
+
+
+def test_a_disk_that_fills_up_during_a_save_loses_nothing(tmp_path):
+    try:
+        subprocess.run([*SMALL_DISK, str(tmp_path), "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"the system lets nobody mount a file system of his own: {error}")
+    code = f"import pathlib, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_loop\n"
+    code += f"test_loop.train_until_full(pathlib.Path({str(tmp_path)!r}))"
+    command = [*SMALL_DISK, str(tmp_path), sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("step ")]
+    full = f"no space left for {tmp_path}/run: free some and run the same command with --resume; .* complete: \\[5\\]"
+    assert len(lines) == 3 and re.fullmatch(f"told: {full}", lines[0]), done.stdout + done.stderr
+    assert re.fullmatch(f"told again: {full}", lines[1]) and lines[2] == "went on; complete: [5, 10]", lines

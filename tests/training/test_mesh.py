@@ -1,10 +1,9 @@
-"""The mesh of a run: every parameter has its place; every mesh, also over processes, trains what one device does."""
+"""The mesh of a run: every parameter has its place; every mesh trains what one device does."""
 
 import dataclasses
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,13 +19,10 @@ from vla_jax.errors import UserError
 from vla_jax.models.normalizer import DataFacts
 from vla_jax.models.policy import Policy
 from vla_jax.nn.placement import AXES, partition
-from vla_jax.training.checkpoints import load_policy
-from vla_jax.training.mesh import MeshConfig, check_batch_size, describe, state_shardings
-from vla_jax.training.metrics import read_metrics
+from vla_jax.training.mesh import MeshConfig, check_batch_size, describe, make_mesh, state_shardings
 from vla_jax.training.program import make_program
 from vla_jax.training.state import abstract
 from vla_jax.training.train_config import TrainConfig
-from vla_jax.training.trainer import train as run
 
 ROOT = Path(__file__).parents[2]
 FACTS = DataFacts(1000, 24, 224, (-1.0,) * 7, (1.0,) * 7, (-1.0,) * 8, (1.0,) * 8)
@@ -120,6 +116,25 @@ def test_shapes_of_a_mesh():
         MeshConfig(data=0, fsdp=0)
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh asks of a TPU's chip."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    platform, device_kind, core_on_chip, process_index, client = "tpu", "TPU v5 lite", 0, 0, None
+
+
+def test_slices_of_a_tpu_divide_the_data_axis():
+    chips = [Chip(4 * s + 2 * y + x, s, (x, y, 0)) for s in range(2) for y in range(2) for x in range(2)]
+    for shape in (MeshConfig(2, 2, 2), MeshConfig(4, 1, 2)):
+        first, second = np.split(make_mesh(shape, chips).devices, 2)
+        assert [{chip.slice_index for chip in half.flat} for half in (first, second)] == [{0}, {1}]
+    with pytest.raises(UserError, match="mesh.data = 1 cannot be divided among 2 slices: make it a multiple of 2"):
+        make_mesh(MeshConfig(1, 4, 2), chips)
+
+
 def test_a_batch_must_be_divisible():
     mesh = AbstractMesh((2, 2, 2), AXES)
     check_batch_size("data.batch_size", 8, mesh, 2)
@@ -127,31 +142,3 @@ def test_a_batch_must_be_divisible():
         check_batch_size("data.batch_size", 6, mesh)
     with pytest.raises(UserError, match="in 4 parts: make it a multiple of 16"):
         check_batch_size("data.batch_size", 8, mesh, 4)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.mark.slow
-def test_two_processes_learn_what_one_learns(config, start, tmp_path):
-    optimizer = dataclasses.replace(config.optimizer, epsilon=1e-2)  # see meshes.py
-    config = dataclasses.replace(config, optimizer=optimizer, steps=5, checkpoint_every=5)
-    one = run(config, tmp_path / "one")
-    where = f"--coordinator=localhost:{free_port()}"
-    split = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=0))
-    flags = ("--processes=2", where, f"--workdir={tmp_path / 'two'}")
-    processes = [start(split, *flags, f"--process={index}") for index in range(2)]
-    outputs = [process.communicate(timeout=550) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert "mesh: data=1 fsdp=2" in outputs[0][0] and "step 5/5" in outputs[0][0]
-    assert "mesh:" not in outputs[1][0] and "step" not in outputs[1][0]  # only the first one prints
-    ours, theirs = read_metrics(one), read_metrics(tmp_path / "two")
-    assert [line["step"] for line in theirs] == [line["step"] for line in ours]
-    for name in ("loss", "terms/fm_posterior", "terms/llr"):
-        np.testing.assert_allclose([line[name] for line in theirs], [line[name] for line in ours], rtol=1e-4, atol=1e-6)
-    # What two processes saved is loaded by one.
-    policies = [load_policy(path)[0] for path in (one, tmp_path / "two")]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *policies)

@@ -81,6 +81,9 @@ ENTRY %main (a: f32[4]) -> f32[4] {
   %loop = (s32[]) while(%t), condition=%cond, body=%body
   %s = (f32[4]{0}, f32[8]{0}) all-gather-start(%a), channel_id=2, replica_groups={{0,1}}, dimensions={0}
   %d = f32[8]{0} all-gather-done(%s)
+  %other = (f32[2]{0}, u32[], token[]) send(%d, %t), channel_id=2, is_host_transfer=true, frontend_attributes={h="x"}
+  %send = (f32[2]{0}, u32[], token[]) send(%d, %t), channel_id=2, frontend_attributes={h="xla_megascale_runtime"}
+  %sent = token[] send-done(%send), channel_id=2, frontend_attributes={h="xla_megascale_runtime"}
   %rs = f32[4]{0} reduce-scatter(%d), channel_id=3, replica_groups={{0,1}}, dimensions={0}, to_apply=%sum
 }
 """
@@ -90,11 +93,15 @@ def test_collectives_count_every_round_of_a_loop_once():
     found = count_traffic(HLO)
     assert found["all-gather"] == Traffic(36 + 1, 36 * 8 * 16 * 2 + 8 * 4)
     assert found["reduce-scatter"] == Traffic(36 + 1, 36 * 8 * 4 * 4 + 2 * 4 * 4)
+    assert found["between slices"] == Traffic(1, 8)
     assert "all-reduce" not in found
 
 
 def test_topologies():
     assert (parse_topology("v5p:4x4x4").count, parse_topology("64xH100").count) == (64, 64)
+    two = parse_topology("2xv5e:16x16")
+    assert (two.count, two.name, two.slices, two.neighbours) == (512, "v5e:16x16", 2, 256)
+    assert two.link(256) > 50 * two.link(512)
     assert parse_topology("16xH200").link(8) > 5 * parse_topology("16xH200").link(16)
     with pytest.raises(UserError, match="v5e:16x16.*8xH100"):
         parse_topology("v5litepod-16")
@@ -146,15 +153,39 @@ def test_a_plan_that_does_not_fit_ends_with_status_1(dataset):
     assert wrong.returncode == 2 and "--mfu is a share" in wrong.stderr
 
 
-@pytest.mark.skipif(
+needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is missing: pip install 'libtpu==0.0.42.*'"
 )
+
+
+@needs_compiler
 def test_the_tpu_compiler_says_what_a_step_needs(ready):
     plan = make_plan(ready, FACTS, parse_topology("v5e:2x2"))
     assert plan.memory.exact and plan.fits and plan.memory.rest > 0
     estimate = make_plan(ready, FACTS, parse_topology("4xH100"), costs=False)
     assert (plan.memory.weights, plan.memory.optimiser) == (estimate.memory.weights, estimate.memory.optimiser)
     assert {"all-gather", "all-reduce"} <= set(plan.traffic) and plan.moving > 0
+    assert "between slices" not in plan.traffic
     large = dataclasses.replace(ready, data=dataclasses.replace(ready.data, batch_size=2**24))
     beyond = make_plan(large, FACTS, parse_topology("v5e:2x2"), costs=False)
     assert not beyond.fits and beyond.memory.rest > 16e9  # the compiler gave up, and said what it would have needed
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_little_but_the_sum_of_the_gradients_goes_between_slices(ready):
+    wide, tiny = dict(width=256, hidden=512), ready.policy
+    policy = dataclasses.replace(
+        tiny,
+        vision=dataclasses.replace(tiny.vision, **wide),
+        trunk=dataclasses.replace(tiny.trunk, **wide, heads=2, kv_heads=2, head_width=64),
+        expert=dataclasses.replace(tiny.expert, **wide, heads=2, head=64),
+    )
+    config = dataclasses.replace(ready, policy=policy, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    plan = make_plan(config, FACTS, parse_topology("2xv5e:2x2"))
+    between = plan.traffic["between slices"].size
+    assert 0.5 * plan.memory.weights < between < plan.memory.weights  # a chip sends its part
+    assert "8 x v5e in 2 slices, data=2 fsdp=2 tensor=2" in report(plan, 0.5)
+    others = sum(part.size for part in plan.traffic.values()) - between
+    slow = plan.topology.chip.network
+    assert between / slow < plan.moving < between / slow + others / slow / 10

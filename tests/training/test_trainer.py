@@ -18,7 +18,7 @@ from vla_jax.data.loader import make_loader, members
 from vla_jax.errors import UserError
 from vla_jax.losses.llr import initial_gate
 from vla_jax.losses.objective import objective
-from vla_jax.training.checkpoints import Checkpoints, load_policy
+from vla_jax.training.checkpoints import Checkpoints, has_begun, load_policy
 from vla_jax.training.metrics import read_metrics
 from vla_jax.training.trainer import train
 
@@ -130,6 +130,17 @@ def test_a_used_directory_is_never_overwritten(config, copy):
     (copy.parent / "foreign" / "letter.txt").write_text("dear")
     with pytest.raises(UserError, match="no contract at .*foreign"):
         train(config, copy.parent / "foreign", resume=True)
+
+
+def test_a_run_has_begun_when_all_of_its_first_files_are_there(copy, tmp_path):
+    """A disk that is full before that must not leave a directory in which the same command is refused."""
+    begun = tmp_path / "begun"
+    assert not has_begun(begun)
+    begun.mkdir()
+    for name in ("tokenizer.json", "contract.json", "config.json", "provenance.json"):
+        assert not has_begun(begun)
+        shutil.copy(copy / name, begun)
+    assert has_begun(begun)
 
 
 def test_settings_of_earlier_versions_are_read(config, copy):

@@ -28,6 +28,7 @@ from vla_jax.training.state import TrainState, abstract, merge
 from vla_jax.training.train_config import TrainConfig
 
 WEIGHTS = ("params", "ema", "constants")
+FIRST_FILES = {"tokenizer.json", "contract.json", "config.json"}
 
 # Orbax logs every routine save, and every failure once a thread before it raises it; of the other arrays that it was
 # reading then, asyncio tells each on its own afterwards.
@@ -135,6 +136,12 @@ def load_policy(run_dir: str | Path, step: int | None = None, ema: bool = True) 
     if loaded["meta"]["contract"] != contract_id(contract):
         raise UserError(f"{run_dir}/contract.json is not the contract of its checkpoints: restore the file of this run")
     return merge(graphdef, loaded[weights], loaded["constants"]), contract, config
+
+
+def has_begun(run_dir: Path) -> bool:
+    """Whether a run, or anything else, lies there. Of one that met a full disk before it began, only the files before
+    provenance.json are left, and it may start anew."""
+    return run_dir.is_dir() and not {path.name for path in run_dir.iterdir()} <= FIRST_FILES
 
 
 def load_config(run_dir: str | Path) -> TrainConfig:

@@ -19,6 +19,7 @@ from jax.interpreters import partial_eval
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
 BYTES |= {"f64": 8, "s64": 8, "u64": 8}
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BETWEEN_SLICES = "between slices"
 
 
 def count_flops(traced: ClosedJaxpr) -> float:
@@ -100,14 +101,17 @@ def count_traffic(text: str) -> dict[str, Traffic]:
         for line in computations[name][1:]:
             operation = _OPERATION.match(line)
             kind = operation and operation[3].removesuffix("-start")
-            if kind not in KINDS:
+            if kind == "send" and "xla_megascale_runtime" in line:  # the TPU compiler's way to another slice
+                kind = BETWEEN_SLICES
+            elif kind not in KINDS:
                 continue
-            size = _bytes(operation[2], largest=operation[3].endswith("-start"))
+            size = _bytes(operation[2], largest=operation[3].endswith(("-start", "send")))
             # The TPU compiler's "all-reduce-scatter": an all-reduce of which each chip keeps its slice.
             scattered = "reduce-scatter" in name
             # It also cuts a collective into pieces that overlap with other work; they share its channel.
             channel = re.search(r"channel_id=(\d+)", line)
-            key = operation[1] if kind == "collective-permute" or not channel else channel[1]
+            own_channel = channel and kind not in ("collective-permute", BETWEEN_SLICES)
+            key = channel[1] if own_channel else operation[1]
             if kind == "reduce-scatter":
                 size *= _group(line)
             found.setdefault("reduce-scatter" if scattered else kind, {})[key] = (times, size)

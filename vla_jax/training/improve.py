@@ -36,7 +36,7 @@ from vla_jax.rl.controls import Cloning, FixedNoise
 from vla_jax.rl.frozen import Flow, SteeredPolicy, flow_of
 from vla_jax.rl.loop import LoopConfig, LoopState, begin, make_advance
 from vla_jax.rl.networks import merge, split
-from vla_jax.training.checkpoints import Checkpoints, load_policy
+from vla_jax.training.checkpoints import Checkpoints, has_begun, load_policy
 from vla_jax.training.loop import BAR, Stopped
 from vla_jax.training.metrics import MetricsWriter, Stopwatch, disk_space
 from vla_jax.training.signals import StopRequest
@@ -355,7 +355,7 @@ def _flat(state: LoopState) -> dict[str, Any]:
 
 def _check_run_dir(run_dir: Path, config: ImproveConfig, contract: Contract, resume: bool) -> None:
     """Raises UserError unless the directory is free, or `resume` fits what it holds."""
-    if not run_dir.exists() or not any(run_dir.iterdir()):
+    if not has_begun(run_dir):
         return
     if not resume:
         raise UserError(f"{run_dir} is not empty: add --resume to go on with that run, or choose another --workdir")

@@ -50,9 +50,26 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices: list[Any] | None = None) -> Mesh:
-    """The mesh of all devices, or of these; neighbours on a TPU's wires are neighbours on its last axes."""
+    """The mesh of all devices, or of these; neighbours on a TPU's wires are neighbours on its last axes.
+
+    Several TPU slices, which only the data-centre network joins, divide `data` among them.
+
+    Raises:
+        UserError: a shape that does not fit the devices.
+    """
     devices = jax.devices() if devices is None else devices
-    grid = mesh_utils.create_device_mesh(config.shape(len(devices)), devices, allow_split_physical_axes=True)
+    data, fsdp, tensor = config.shape(len(devices))
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if data % slices:
+        raise UserError(
+            f"mesh.data = {data} cannot be divided among {slices} slices: make it a multiple of {slices}, so that "
+            "fsdp and tensor stay within a slice"
+        )
+    if slices > 1:
+        within, across = (data // slices, fsdp, tensor), (slices, 1, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_device_mesh((data, fsdp, tensor), devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

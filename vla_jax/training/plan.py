@@ -19,7 +19,7 @@ from vla_jax.errors import UserError
 from vla_jax.models.normalizer import DataFacts
 from vla_jax.nn.placement import AXES
 from vla_jax.training.chips import Topology
-from vla_jax.training.costs import Traffic, count_flops, count_traffic, kept_bytes
+from vla_jax.training.costs import BETWEEN_SLICES, Traffic, count_flops, count_traffic, kept_bytes
 from vla_jax.training.mesh import bytes_on_device, in_units, make_mesh
 from vla_jax.training.program import Program, batch_shapes, make_program
 from vla_jax.training.state import merge
@@ -79,9 +79,10 @@ class Plan:
     def moving(self) -> float:
         """Seconds that the links are busy in a step, at their full speed; 0 where nothing is known."""
         _, fsdp, tensor = self.shape
-        # Neighbours share weights; what all copies of them sum goes everywhere.
-        reach = {"all-gather": fsdp * tensor, "reduce-scatter": fsdp * tensor}
-        everywhere = self.topology.count
+        # Neighbours share weights; what all copies of them sum goes everywhere, which the compiler splits into a sum
+        # in each slice and one between them.
+        reach = {"all-gather": fsdp * tensor, "reduce-scatter": fsdp * tensor, BETWEEN_SLICES: self.topology.count}
+        everywhere = self.topology.neighbours if self.memory.exact else self.topology.count
         return sum(
             part.size / self.topology.link(reach.get(kind, everywhere)) for kind, part in (self.traffic or {}).items()
         )
@@ -211,9 +212,10 @@ def remedies(plan: Plan, facts: DataFacts) -> list[tuple[str, Plan]]:
     changes: list[tuple[str, Callable[[TrainConfig], TrainConfig]]] = []
     if with_remat(config, "all") != config:
         changes.append(("remat=all in every part of the policy", lambda c: with_remat(c, "all")))
-    if data > 1:
-        mesh = dataclasses.replace(config.mesh, data=1, fsdp=data * fsdp)
-        changes.append((f"mesh.data=1 mesh.fsdp={mesh.fsdp}", lambda c: dataclasses.replace(c, mesh=mesh)))
+    slices = plan.topology.slices
+    if data > slices:
+        mesh = dataclasses.replace(config.mesh, data=slices, fsdp=data * fsdp // slices)
+        changes.append((f"mesh.data={slices} mesh.fsdp={mesh.fsdp}", lambda c: dataclasses.replace(c, mesh=mesh)))
 
     def accumulate(n: int) -> tuple[str, Callable[[TrainConfig], TrainConfig]]:
         count = n * config.accumulate
@@ -248,7 +250,8 @@ def report(plan: Plan, mfu: float) -> str:
     }
     mesh = " ".join(f"{axis}={size}" for axis, size in zip(AXES, plan.shape, strict=True))
     source = "the compiler's numbers" if memory.exact else "arithmetic, nothing was compiled"
-    lines = [f"{plan.topology.count} x {plan.topology.kind}, {mesh}, {config.samples} samples a step, {source}"]
+    slices = f" in {plan.topology.slices} slices" if plan.topology.slices > 1 else ""
+    lines = [f"{plan.topology.count} x {plan.topology.kind}{slices}, {mesh}, {config.samples} samples a step, {source}"]
     lines += [f"  {name:<36}{in_units(size):>12}  {size / chip.memory:6.1%}" for name, size in rows.items() if size]
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     lines.append(f"{verdict}: a chip has {in_units(chip.memory)} for programs")

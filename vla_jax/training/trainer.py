@@ -31,7 +31,7 @@ from vla_jax.files import write_atomically
 from vla_jax.models.policy import LANGUAGE_MODEL
 from vla_jax.platform import is_first, wait_for_all
 from vla_jax.pretrained.backbone import load_backbone, policy_on, tokenizer_of
-from vla_jax.training.checkpoints import Checkpoints, contract_id, load_config, load_policy, policy_facts
+from vla_jax.training.checkpoints import Checkpoints, contract_id, has_begun, load_config, load_policy, policy_facts
 from vla_jax.training.loop import Loop, first, mean_losses
 from vla_jax.training.mesh import describe, global_rows, local_weights, make_mesh, place_batch, put
 from vla_jax.training.metrics import MetricsWriter, SilentWriter, disk_space
@@ -129,7 +129,7 @@ def command_to_resume() -> str:
 
 def _check_run_dir(run_dir: Path, config: TrainConfig, contract: Contract, resume: bool) -> None:
     """Raises UserError unless the directory is free, or `resume` fits what it holds."""
-    if not run_dir.exists() or not any(run_dir.iterdir()):
+    if not has_begun(run_dir):
         return
     if not resume:
         raise UserError(f"{run_dir} is not empty: add --resume to go on with that run, or choose another --workdir")
