@@ -28,7 +28,6 @@ class EnvConfig:
     engine: str = "auto"  # "mjx", "c", or "auto": C on a CPU, MJX elsewhere
     image_size: int = 64  # pixels
     max_ticks: int = 0  # control ticks in an episode; 0 takes the family's own
-    post: bool = False  # the last object slot holds a tall post; no demonstration has one
 
 
 @jax.tree_util.register_dataclass
@@ -52,12 +51,15 @@ class EnvState:
 
 
 class Tabletop:
-    """A robot at a table, a task family and a physics engine."""
+    """A robot at a table, a task family and a physics engine.
 
-    def __init__(self, config: EnvConfig = EnvConfig()):
+    post: the last object slot holds a tall post (see `mjcf`), as no demonstration has it.
+    """
+
+    def __init__(self, config: EnvConfig = EnvConfig(), post: bool = False):
         self.config = config
         self.task = get_task(config.task)
-        self.model = mjcf.build_model(config.embodiment, config.post)
+        self.model = mjcf.build_model(config.embodiment, post)
         self.views = VIEWS
         self.max_ticks = config.max_ticks or self.task.max_ticks
         self.kinematics = Kinematics(self.model)

@@ -3,7 +3,7 @@
     swapped    the instruction names an object that the look does not (`envs.splits`)
     moved      the target lies 3 cm outside the patch of table that demonstrations cover
     unseen     the same, 8 cm outside
-    obstacle   a tall post stands half way between the hand and the target, on a table with a post (`EnvConfig.post`)
+    obstacle   a tall post stands half way between the hand and the target (`envs.env.Tabletop` with a post)
 
 Moved scenes are those of in_distribution whose target can be moved over the nearest edge (left, right or far) without
 coming near another object, and is still named by its sentence. Scenes with an obstacle are those of in_distribution in

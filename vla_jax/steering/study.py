@@ -174,9 +174,10 @@ class SteerStudy:
         return self._prepared[shift]
 
     def _table(self, shift: str) -> Tabletop:
+        """The same one for the same kind of table: what is compiled for it is compiled once."""
         post = shift == "obstacle"
         if post not in self._tables:
-            self._tables[post] = Tabletop(dataclasses.replace(self.world.env, post=post))
+            self._tables[post] = Tabletop(self.world.env, post)
         return self._tables[post]
 
     def _write(self, trials: Trials, texts: Sequence[str], found: Sequence[Perceived], slots) -> Written:
@@ -260,7 +261,7 @@ class SteerStudy:
     def _runner(self, shift: str, particles: int, record: bool = False) -> tuple[Callable, VlmSwitcher | None]:
         """The compiled rollout for a number of particles; with a model as switcher it knows the scenes of its shift."""
         table = self._table(shift)
-        key = (particles, record, table.config.post, shift if self._switch_writer else "")
+        key = (particles, record, table, shift if self._switch_writer else "")
         if key not in self._runners:
             switcher = None
             if self._switch_writer:
