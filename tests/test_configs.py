@@ -1,11 +1,16 @@
 """Every file in configs/ is complete: it resolves to the settings of the entry point that its text names."""
 
+import functools
 import importlib
+import re
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 
+from configs.studies import language_following
+from configs.studies.language_following import VARIANTS
 from configs.train import ARMS
 from experiments import __main__ as verbs
 from experiments import compare
@@ -21,6 +26,8 @@ from vla_jax.models.policy import Policy
 from vla_jax.training.optimizer import learning_rate_scales
 from vla_jax.training.state import abstract
 from vla_jax.training.train_config import TrainConfig
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -68,6 +75,16 @@ def test_policies_on_released_models_are_complete(name, argument):
         assert (billions[0.0] > 0.4) == argument.endswith("frozen")
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_of_the_study_differs_from_its_arm_as_it_says(name):
+    arm, difference = VARIANTS[name]
+    arms = resolve(StudyConfig, language_following.get_config(f"{name},{arm}")).arms
+    for path, value in difference.items():
+        assert functools.reduce(getattr, path.split("."), arms[name]) == value
+        assert functools.reduce(getattr, path.split("."), arms[arm]) != value
+    assert name not in resolve(StudyConfig, language_following.get_config()).arms
+
+
 def test_a_misspelt_arm_gets_a_suggestion():
     with pytest.raises(UserError, match="bayesianvla"):
         importlib.import_module("configs.train").get_config("bayesanvla")
@@ -103,3 +120,33 @@ def test_every_entry_point_is_listed_with_what_it_does():
     lines = verbs.summary().splitlines()
     assert any(line.startswith("python -m experiments.train ") and "Trains a policy" in line for line in lines)
     assert all(line.endswith(".") for line in lines)
+
+
+NOTES = (ROOT / "experiments/README.md").read_text()
+COMMANDS = [
+    shlex.split(line)
+    for block in re.findall(r"```bash\n(.*?)```", NOTES, re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: f"{command[2]} {command[-1]}")
+def test_commands_of_the_lab_notes_have_settings_that_resolve(command, monkeypatch):
+    class Resolved(Exception):
+        pass
+
+    def stop(*arguments):
+        resolve(*arguments)
+        raise Resolved
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("vla_jax.config.resolve", stop)
+    python, option, module, *arguments = command
+    assert (python, option) == ("python", "-m")
+    with pytest.raises(Resolved):
+        importlib.import_module(module).main(arguments)
+
+
+def test_the_lab_notes_list_every_entry_point():
+    listed = re.findall(r"^\| `(\w+)` \|", NOTES, re.MULTILINE)
+    assert sorted(listed) == [line.split()[2].split(".")[1] for line in verbs.summary().splitlines()]

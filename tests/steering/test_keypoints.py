@@ -16,7 +16,6 @@ from vla_jax.steering.keypoints import (
     KeypointConfig,
     back_project,
     color_features,
-    dino_features,
     k_means,
     mean_shift,
     pca,
@@ -146,15 +145,3 @@ def test_pose_noise_has_its_size():
     off = disturb(attached, 0.02, jax.random.key(0)).local - 1
     assert abs(float(off.std()) - 0.02) < 0.001 and abs(float(off.mean())) < 0.001
     np.testing.assert_array_equal(disturb(attached, 0.0, jax.random.key(0)).local, attached.local)
-
-
-def test_dino_features_come_from_a_checkpoint(tmp_path):
-    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_ratio": 2}
-    transformers.Dinov2Model(transformers.Dinov2Config(image_size=28, patch_size=14, **sizes)).save_pretrained(tmp_path)
-    image = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
-    features = dino_features(tmp_path, 28)(image)
-    assert features.shape == (2, 2, 16) and np.ptp(features) > 0
-    with pytest.raises(UserError, match="holds no DINO checkpoint"):
-        dino_features(tmp_path / "nothing")

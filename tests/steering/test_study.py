@@ -87,6 +87,22 @@ def test_the_reward_alone_reaches_what_its_keypoint_names(policy, contract):
     assert run_alone(policy, contract, "reach", text)["success"] == [True] * 4
 
 
+def test_a_scene_whose_reply_has_no_program_is_a_failure(policy, contract):
+    """Of two scenes one gets prose: the other's program stands in for it, so that it can be run."""
+
+    def writer(request):
+        replies.append("I would move there." if not replies else REACH)
+        return replies[-1]
+
+    config = SteerStudyConfig(("in_distribution",), ("base",), scenes=2, batch=4)
+    replies = []
+    written = SteerStudy(policy, contract, config, writer).prepare("in_distribution").target
+    assert written.programs[0] is None and written.complete() == [written.programs[1]] * 2
+    assert written.failures == ["the model replied with prose and no JSON: 'I would move there.'", ""]
+    with pytest.raises(UserError, match="no scene of 'in_distribution' has a reward program: the model replied"):
+        SteerStudy(policy, contract, config, Stored("No.")).prepare("in_distribution")
+
+
 @pytest.mark.slow
 def test_the_reward_alone_cannot_grasp(policy, contract):
     """It brings the open hand to the object, and there the fingers stay as they are."""

@@ -11,7 +11,7 @@ import pytest
 from vla_jax.errors import UserError
 from vla_jax.models.generate import Generation
 from vla_jax.steering.terms import TERMS, View
-from vla_jax.steering.writer import Cached, Endpoint, Local, Request, Stored, find_json, make_prompt, write_program
+from vla_jax.steering.writer import Cached, Endpoint, Local, Request, Stored, find_json, make_prompt, read_program
 
 PROGRAM = (
     '{"stages": [{"name": "reach", "terms": [{"term": "distance", "keypoint": "red cube", "offset": [0, 0, 0.03]}]}]}'
@@ -22,17 +22,17 @@ VIEW = View(jnp.array([[0.5, 0.1, 0.02], [0.4, -0.1, 0.02]]), jnp.array([[0.5, 0
 
 def test_a_stored_program_is_read_and_checked(tmp_path):
     (tmp_path / "reach.json").write_text(PROGRAM)
-    program = write_program(Stored.read(tmp_path / "reach.json"), "reach the red cube", LABELS, VIEW)
+    program = read_program(Stored.read(tmp_path / "reach.json")(Request("")), LABELS, VIEW)
     assert program.stages[0].name == "reach"
     with pytest.raises(UserError, match="no reward program at"):
         Stored.read(tmp_path / "nothing.json")
     with pytest.raises(UserError, match="prose and no JSON: 'I would move"):
-        write_program(Stored("I would move to the cube."), "reach the red cube", LABELS, VIEW)
+        read_program("I would move to the cube.", LABELS, VIEW)
     with pytest.raises(UserError, match="keypoints lie on blue ball"):
-        write_program(Stored(PROGRAM), "reach the red cube", ("blue ball",) * 2, VIEW)
+        read_program(PROGRAM, ("blue ball",) * 2, VIEW)
     flat = PROGRAM.replace('"offset": [0, 0, 0.03]', '"weight": 1e-9')
     with pytest.raises(UserError, match="stage 1 .'reach'., term 1 .'distance'. has a zero gradient"):
-        write_program(Stored(flat), "reach the red cube", LABELS, VIEW)
+        read_program(flat, LABELS, VIEW)
 
 
 def test_programs_are_found_among_words():
@@ -99,7 +99,8 @@ def test_an_endpoint_is_asked_as_openai_has_it(server, monkeypatch):
         endpoint(Request("hello"))
     monkeypatch.setenv("STEERING_TEST_KEY", "secret")
     server.replies.append((200, {"choices": [{"message": {"content": PROGRAM}}]}))
-    assert write_program(endpoint, "reach the red cube", LABELS, VIEW, b"picture").stages[0].name == "reach"
+    reply = endpoint(Request(make_prompt("reach the red cube", LABELS, VIEW), b"picture"))
+    assert read_program(reply, LABELS, VIEW).stages[0].name == "reach"
     ((path, headers, body),) = server.asked
     assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret"
     assert body["model"] == "small" and body["max_tokens"] == 7

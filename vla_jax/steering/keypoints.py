@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -72,9 +71,10 @@ def propose(
         image: what the camera sees.
         points: where each pixel lies in the world, metres (`back_project`).
         depth: metres along the optical axis; valid in (0, max_depth).
-        masks: number of the mask that each pixel belongs to; numbers without a name are background.
+        masks: number of the mask that each pixel belongs to, from a renderer or `released.sam_masks(DIR)`; numbers
+            without a name are background.
         names: of the objects.
-        features: of the picture; `color_features`, or `dino_features(DIR)`.
+        features: of the picture; `color_features`, or `released.dino_features(DIR)`.
 
     Raises:
         UserError: no object is seen well enough.
@@ -202,35 +202,6 @@ def resize(grid: Float[np.ndarray, "h w D"], shape: tuple[int, int]) -> Float[np
 def color_features(image: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "H W 3"]:
     """Colours in [0, 1]: features that need no weights."""
     return np.asarray(image, np.float32) / 255
-
-
-def dino_features(directory: str | Path, size: int = 224) -> Features:
-    """Patch features of a DINOv2 or DINOv3 checkpoint in a directory, by transformers and PyTorch (test extra).
-
-    size: of the picture that the model sees, in pixels; a multiple of its patch.
-
-    Raises:
-        UserError: PyTorch or transformers is missing, or the directory holds no such checkpoint.
-    """
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise UserError("DINO features need PyTorch and transformers: pip install torch transformers") from error
-    try:
-        model = transformers.AutoModel.from_pretrained(directory, local_files_only=True).eval()
-        side = size // model.config.patch_size
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{directory} holds no DINO checkpoint that transformers can read") from error
-    mean, deviation = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-
-    def features(image):
-        pixels = (resize(color_features(image), (size, size)) - mean) / deviation
-        with torch.no_grad():
-            hidden = model(pixel_values=torch.from_numpy(pixels.transpose(2, 0, 1)[None].astype(np.float32)))
-        return hidden.last_hidden_state[0, -side * side :].numpy().reshape(side, side, -1)
-
-    return features
 
 
 def annotate(image: UInt8[np.ndarray, "H W 3"], pixels: Float[np.ndarray, "K 2"]) -> bytes:

@@ -24,14 +24,13 @@ from vla_jax.evaluation.evaluate import EvalConfig, World
 from vla_jax.evaluation.results import make_columns
 from vla_jax.evaluation.rollout import Outcome, Trials, rollout_with_memory, take_rows
 from vla_jax.models.policy import Policy
-from vla_jax.steering.check import check
 from vla_jax.steering.perceive import Perceived, Watched, body_label, disturb, join, perceive
-from vla_jax.steering.program import Program, parse, place, stack
+from vla_jax.steering.program import Program, place, stack
 from vla_jax.steering.shifts import SHIFTS, make_shift
 from vla_jax.steering.steer import Arm, Decoder, Memory, NoiseSource, SteerConfig, act, remember_nothing
 from vla_jax.steering.switch import VlmSwitcher
 from vla_jax.steering.terms import View
-from vla_jax.steering.writer import Request, Writer, find_json, make_prompt
+from vla_jax.steering.writer import Request, Writer, make_prompt, read_program
 
 TARGET = "{target}"  # in a stored program: the name of the commanded object
 OBSTACLE = "{obstacle}"  # in a stored program: the name of the post
@@ -183,7 +182,7 @@ class SteerStudy:
     def _write(self, trials: Trials, texts: Sequence[str], found: Sequence[Perceived], slots) -> Written:
         """One program a scene; what is wrong with a reply is kept, and its scene is a failure."""
         programs: list[Program | None] = []
-        failures = []
+        failures: list[str] = []
         for row, (text, one) in enumerate(zip(texts, found, strict=True)):
             points = one.keypoints
             view = View(points.position, points.position)
@@ -191,13 +190,11 @@ class SteerStudy:
             for mark, slot in ((TARGET, int(slots[row])), (OBSTACLE, POST_SLOT)):
                 reply = reply.replace(mark, body_label(take_rows(trials.scene, row), slot))
             try:
-                program = parse(find_json(reply), points.labels)
-                check(program, view, jax.random.key(0))
-            except UserError as error:
-                program, failures = None, [*failures, str(error)]
-            else:
+                programs.append(read_program(reply, points.labels, view))
                 failures.append("")
-            programs.append(program)
+            except UserError as error:
+                programs.append(None)
+                failures.append(str(error))
         return Written(programs, failures)
 
     def run(self, shift: str, arm: str) -> dict[str, Any]:

@@ -172,13 +172,12 @@ class Cached:
         return reply
 
 
-def write_program(writer: Writer, instruction: str, labels: Sequence[str], view: View, picture: bytes = b"") -> Program:
-    """Asks for the program of an instruction, and checks it.
+def read_program(reply: str, labels: Sequence[str], view: View) -> Program:
+    """The program in a writer's reply, checked. labels, view: the keypoints of its scene.
 
     Raises:
-        UserError: no reply, a reply without a program, or a program that cannot steer (it names the term).
+        UserError: a reply without a program, or a program that cannot steer (it names the term).
     """
-    reply = writer(Request(make_prompt(instruction, labels, view), picture))
     program = parse(find_json(reply), labels)
     check(program, view, jax.random.key(0))
     return program
