@@ -27,7 +27,7 @@ def columns(success, cue_success, targets, cues):
     def command(target):
         return Command(np.array(target, np.int32), zeros, zeros, zeros, zeros)
 
-    outcome = Outcome(np.array(success), np.array(cue_success), zeros + 7, np.full(count, 0.1), zeros)
+    outcome = Outcome(np.array(success), np.array(cue_success), zeros + 7, np.full(count, 0.1), zeros, zeros)
     trials = Trials(None, command(targets), command(cues), None, None, np.arange(count))
     return make_columns(trials, outcome, ["touch it"] * count)
 

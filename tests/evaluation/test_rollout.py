@@ -31,6 +31,7 @@ class PointState:
     command: Command
     cue: Command
     bodies: PointBodies
+    start: jax.Array
     success: jax.Array
     cue_success: jax.Array
 
@@ -41,7 +42,7 @@ class PointEnv:
     def reset(self, scene, command, cue):
         no = jnp.zeros(len(scene.tcp), bool)
         objects = jnp.concatenate([scene.position, jnp.zeros((*scene.position.shape[:2], 1))], -1)
-        return PointState(scene, command, cue, PointBodies(scene.tcp, objects), no, no)
+        return PointState(scene, command, cue, PointBodies(scene.tcp, objects), objects, no, no)
 
     def observe(self, state):
         level = jnp.round(100 * state.bodies.tcp_position[:, 0]).astype(jnp.uint8)
@@ -151,6 +152,21 @@ def test_an_episode_ends_between_two_replans():
 def test_going_to_the_cue_is_seen():
     outcome, _ = run_policy(PointPolicy(-SPEED), make_trials(2))
     assert outcome.cue_success.all() and not outcome.success.any()
+
+
+@pytest.mark.parametrize(("slot", "pushed"), [(1, 0.07), (0, 0.0), (2, 0.0)])
+def test_what_else_was_moved_is_seen(slot, pushed):
+    """A wind blows an object: the cue's, the commanded one, an absent one."""
+
+    class Windy(PointEnv):
+        def step(self, state, action):
+            state = super().step(state, action)
+            blown = state.bodies.object_position.at[:, slot, 1].add(0.01)
+            return dataclasses.replace(state, bodies=dataclasses.replace(state.bodies, object_position=blown))
+
+    run = make_rollout(Windy(), execute=2, ticks=7, sampler_steps=1)
+    outcome, _ = run_policy(PointPolicy(0.0), make_trials(2), runner=run)
+    np.testing.assert_allclose(outcome.pushed, pushed, atol=1e-6)
 
 
 def test_words_reach_the_policy():

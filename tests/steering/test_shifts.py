@@ -1,14 +1,18 @@
 """Shifted scenes: targets lie where no demonstration has them, and are still what the sentence names."""
 
+import dataclasses
+
+import jax
 import numpy as np
 import pytest
 
 from vla_jax.envs.bias import BiasConfig
 from vla_jax.envs.language import instructions
 from vla_jax.envs.sampling import SceneConfig
-from vla_jax.envs.scene import TABLE_X, TABLE_Y
+from vla_jax.envs.scene import POST_SLOT, TABLE_X, TABLE_Y, take
+from vla_jax.envs.splits import make_cases
 from vla_jax.errors import UserError
-from vla_jax.steering.shifts import CLEARANCE, beyond_edge, make_shift
+from vla_jax.steering.shifts import BESIDE, CLEARANCE, POOL, ROOM, beyond_edge, make_shift
 
 BIAS = BiasConfig("uniqueness", 0.1)
 
@@ -38,9 +42,37 @@ def test_only_targets_move_and_stay_what_they_are_called(name, distance):
     assert instructions("reach", cases.scene, cases.command) == cases.text, "each name fits its object alone"
 
 
+def test_an_obstacle_stands_on_the_straight_way_and_nothing_else_changes():
+    cases, rows = shift("obstacle"), np.arange(12)
+    before = make_cases("in_distribution", "reach", BIAS, 0, 12 * POOL, SceneConfig(3))
+    (kept,) = np.nonzero((np.asarray(before.scene.tcp)[:, None] == np.asarray(cases.scene.tcp)).all(-1).any(1))
+    plain = take(before.scene, kept)
+    for field in dataclasses.fields(plain):
+        old, new = (np.asarray(getattr(scene, field.name)) for scene in (plain, cases.scene))
+        if old.shape == (12, 4) or field.name == "position":
+            old, new = old[:, :POST_SLOT], new[:, :POST_SLOT]
+        np.testing.assert_array_equal(old, new, field.name)
+    scene = jax.tree.map(np.asarray, cases.scene)
+    assert scene.present[:, POST_SLOT].all() and not scene.movable[:, POST_SLOT].any()
+    start, post = scene.tcp[:, :2], scene.position[:, POST_SLOT]
+    way = scene.position[rows, np.asarray(cases.command.target)] - start
+    length = np.linalg.norm(way, axis=-1, keepdims=True)
+    along = ((post - start) * way).sum(-1) / length[:, 0]
+    np.testing.assert_allclose(post - start, along[:, None] * way / length, atol=1e-6)
+    assert along.min() > ROOM and (length[:, 0] - along).min() > ROOM
+    assert np.linalg.norm(scene.position[:, :POST_SLOT] - post[:, None], axis=-1).min() > BESIDE
+    assert (scene.color[:, :POST_SLOT] != scene.color[:, POST_SLOT:]).all(), "the post's name is its own"
+    assert instructions("reach", cases.scene, cases.command) == cases.text, "each name fits its object alone"
+
+
+def test_an_obstacle_needs_a_place():
+    with pytest.raises(UserError, match="at most 3 objects"):
+        make_shift("obstacle", "reach", BIAS, 0, 2, SceneConfig(4))
+
+
 def test_wrong_names_and_numbers_are_named(monkeypatch):
     with pytest.raises(UserError, match="unknown shift 'rotated'"):
         shift("rotated")
     monkeypatch.setattr("vla_jax.steering.shifts.CLEARANCE", 1.0)
-    with pytest.raises(UserError, match="only 0 of 48 scenes can be moved"):
+    with pytest.raises(UserError, match=f"only 0 of {12 * POOL} scenes can be moved"):
         shift("moved")

@@ -124,6 +124,7 @@ def test_what_is_not_finite_is_named(policy):
 def result(policy, arm, success):
     count = len(success)
     columns = {"success": success, "at_other": [False] * count, "distance": [0.1] * count, "failure": [""] * count}
+    columns["touched"] = [False, True] + [False] * (count - 2)
     return {"policy": policy, "shift": "swapped", "arm": arm, "seconds": 1.0, **columns}
 
 
@@ -139,5 +140,9 @@ def test_rows_pair_arms_by_scene_and_policy():
     assert rows["full"]["by_policy"] == {"a": 0.8, "b": 0.8} and "best_of_n" not in rows["full"]["against"]
     (row,) = (row for row in make_rows(results[::2]) if row["arm"] == "full")
     assert row["against"]["base"]["p"] == compare_paired(np.array(base["a"]), np.array(full["a"])).p
+    untouched = rows["full"]["untouched"]
+    assert (untouched["successes"], untouched["low"], untouched["high"]) == (6, *wilson(6, 10))
+    assert np.isclose(untouched["against"]["base"]["difference"], 0.4), "of base both successes were untouched"
     table = markdown(make_rows(results))
     assert "### swapped" in table and "| full | 8/10 = 80.0 % | 49.0 … 94.3 | +60.0 [" in table
+    assert " | 6/10 | 0 % | 10.0 cm |" in table

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vla_jax.envs import control, mjcf
 from vla_jax.envs.kinematics import Kinematics
 from vla_jax.envs.physics import Bodies, PhysicsState, make_engine
-from vla_jax.envs.scene import NUM_SLOTS, OBJECT_HALF, PARKED_X, VIEWS, Command, Scene
+from vla_jax.envs.scene import NUM_SLOTS, PARKED_X, VIEWS, Command, Scene
 from vla_jax.envs.tasks import get_task
 from vla_jax.envs.views import observe_images
 
@@ -51,12 +51,15 @@ class EnvState:
 
 
 class Tabletop:
-    """A robot at a table, a task family and a physics engine."""
+    """A robot at a table, a task family and a physics engine.
 
-    def __init__(self, config: EnvConfig = EnvConfig()):
+    post: the last object slot holds a tall post (see `mjcf`), as no demonstration has it.
+    """
+
+    def __init__(self, config: EnvConfig = EnvConfig(), post: bool = False):
         self.config = config
         self.task = get_task(config.task)
-        self.model = mjcf.build_model(config.embodiment)
+        self.model = mjcf.build_model(config.embodiment, post)
         self.views = VIEWS
         self.max_ticks = config.max_ticks or self.task.max_ticks
         self.kinematics = Kinematics(self.model)
@@ -122,11 +125,13 @@ class Tabletop:
         fingers = jnp.broadcast_to(pose.opening[:, None] / 2, (batch, 2))
         position = _parked(scene.position, scene.present, 0.0)
         half = scene.yaw / 2
+        geoms = [self.model.geom(f"object{n}").id for n in range(NUM_SLOTS)]
+        height = jnp.asarray(self.model.geom_size[geoms, 2:], jnp.float32)  # half of it: everything stands on the table
         zero = jnp.zeros_like(half)
         objects = jnp.concatenate(
             [
                 position,
-                jnp.full_like(half, OBJECT_HALF)[..., None],
+                jnp.broadcast_to(height, (*half.shape, 1)),
                 jnp.stack([jnp.cos(half), zero, zero, jnp.sin(half)], -1),
             ],
             -1,

@@ -4,6 +4,9 @@ Every object collides as a cube of 4 cm and 50 g; its drawn shape and colour bel
 program serves every scene, and MJX needs one collision routine only. The solver settings are the fastest that lose no
 grasp: fewer Newton iterations, a larger time step, an elliptic cone or another integrator drop objects silently.
 
+A table may have a post: the object in the last slot is then 2 cm thin, 24 cm high and as dense as the others. It stands
+free, and falls when the fingers, or here also the palm, run into it.
+
 Geoms are named by their role: "table", "object0".., "zone0".., "finger_left", "finger_right", "hand", "robot0"...
 """
 
@@ -13,13 +16,14 @@ import mujoco
 import numpy as np
 
 from vla_jax.envs import floating, panda
-from vla_jax.envs.scene import NUM_SLOTS, NUM_ZONES, OBJECT_HALF, PARKED_X, ZONE_RADIUS
+from vla_jax.envs.scene import NUM_SLOTS, NUM_ZONES, OBJECT_HALF, PARKED_X, POST_HALF, POST_SLOT, ZONE_RADIUS
 from vla_jax.errors import UserError
 
 EMBODIMENTS = {"floating": floating, "panda": panda}
 
 TIMESTEP = 0.01  # seconds
 MAX_OPENING = 0.08  # metres between the fingers
+OBJECT_MASS = 0.05  # kilograms
 
 # (position, look-at point, vertical field of view in degrees) of the camera that faces the robot over the table.
 FRONT_CAMERA = ((1.26, 0.0, 0.74), (0.445, 0.0, 0.03), 24.5)
@@ -70,13 +74,13 @@ def hand(pos: str, quat: str) -> str:
 
 
 def _objects() -> str:
-    inertia = 0.05 * (2 * OBJECT_HALF) ** 2 / 6
+    inertia = OBJECT_MASS * (2 * OBJECT_HALF) ** 2 / 6
     half = f"{OBJECT_HALF} {OBJECT_HALF} {OBJECT_HALF}"
     return "".join(
         f"""
     <body name="object{n}" pos="{PARKED_X} {0.2 * n} {OBJECT_HALF}">
       <freejoint name="object{n}"/>
-      <inertial mass="0.05" pos="0 0 0" diaginertia="{inertia} {inertia} {inertia}"/>
+      <inertial mass="{OBJECT_MASS}" pos="0 0 0" diaginertia="{inertia} {inertia} {inertia}"/>
       <geom name="object{n}" type="box" size="{half}" contype="7" conaffinity="4" rgba="0.85 0.12 0.12 1"/>
     </body>"""
         for n in range(NUM_SLOTS)
@@ -126,6 +130,14 @@ def mjcf(embodiment: str) -> str:
 
 
 @functools.cache
-def build_model(embodiment: str) -> mujoco.MjModel:
-    """The compiled model of an embodiment (cached; treat it as read-only)."""
-    return mujoco.MjModel.from_xml_string(mjcf(embodiment))
+def build_model(embodiment: str, post: bool = False) -> mujoco.MjModel:
+    """The compiled model of an embodiment, with or without a post (cached; treat it as read-only)."""
+    spec = mujoco.MjSpec.from_string(mjcf(embodiment))
+    if post:
+        body = spec.body(f"object{POST_SLOT}")
+        square = np.square(POST_HALF)
+        body.mass = OBJECT_MASS * np.prod(POST_HALF) / OBJECT_HALF**3
+        body.inertia = body.mass * (square.sum() - square) / 3
+        spec.geom(f"object{POST_SLOT}").size = POST_HALF
+        spec.geom("hand").conaffinity = spec.geom("finger_left").conaffinity
+    return spec.compile()

@@ -42,6 +42,8 @@ NUM_BACKGROUNDS = 12
 TABLE_X = (0.38, 0.62)
 TABLE_Y = (-0.20, 0.20)
 OBJECT_HALF = 0.02  # half the edge of an object (metres); every object collides as a cube of this size
+POST_HALF = (0.01, 0.01, 0.12)  # half the edges of a post (metres)
+POST_SLOT = NUM_SLOTS - 1  # holds the post on a table that has one (`env.Tabletop`)
 ZONE_RADIUS = 0.055
 PARKED_X = 2.0  # absent objects and zones wait here, out of every camera's sight
 

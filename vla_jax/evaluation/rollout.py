@@ -45,6 +45,7 @@ class Outcome:
     ticks: Int[Array, "B"]  # control ticks lived through
     distance: Float[Array, "B"]  # metres from the gripper's tool point to the commanded object
     nearest: Int[Array, "B"]  # object slot nearest to the tool point
+    pushed: Float[Array, "B"]  # metres that another object than the commanded one has moved: the farthest of them
 
 
 @jax.tree_util.register_dataclass
@@ -151,12 +152,15 @@ def _add_batch_axis(tree):
 def _measure(state, now) -> Outcome:
     offsets = state.bodies.object_position - state.bodies.tcp_position[:, None]
     distances = jnp.linalg.norm(offsets, axis=-1)
+    moved = jnp.linalg.norm(state.bodies.object_position - state.start, axis=-1)
+    others = state.scene.present & (jnp.arange(moved.shape[1]) != state.command.target[:, None])
     return Outcome(
         success=state.success,
         cue_success=state.cue_success,
         ticks=jnp.full_like(state.command.target, now),
         distance=jnp.take_along_axis(distances, state.command.target[:, None], axis=1)[:, 0],
         nearest=jnp.argmin(jnp.where(state.scene.present, distances, jnp.inf), axis=1).astype(jnp.int32),
+        pushed=jnp.where(others, moved, 0.0).max(1),
     )
 
 

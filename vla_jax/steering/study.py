@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 
 from vla_jax.data.contract import Contract
 from vla_jax.envs.env import Tabletop
+from vla_jax.envs.scene import POST_SLOT
 from vla_jax.errors import UserError
 from vla_jax.evaluation.evaluate import EvalConfig, World
 from vla_jax.evaluation.results import make_columns
@@ -32,6 +33,8 @@ from vla_jax.steering.terms import View
 from vla_jax.steering.writer import Request, Writer, make_prompt, read_program
 
 TARGET = "{target}"  # in a stored program: the name of the commanded object
+OBSTACLE = "{obstacle}"  # in a stored program: the name of the post
+TOUCHED = 0.01  # metres: an object that has moved farther was touched
 SINGLE = ("base", "random", "wrong_target", "reward_only", "gradient")  # arms of one particle
 ARMS = (*SINGLE, "best_of_n", "repel_best", "gradient_repel", "gradient_resample", "full")
 
@@ -116,7 +119,7 @@ class SteerStudy:
 
     Args:
         policy, contract: as loaded from a run.
-        writer: of the programs. A stored program with TARGET in it gets the name of the object put in; any other writer
+        writer: of the programs. A stored program with TARGET or OBSTACLE in it gets the names put in; any other writer
             is asked with the instruction, the keypoints and the numbered picture.
         switch_writer: a model that decides about stages; None leaves it to the deterministic switcher.
         source: chooses the noise from which every arm's first particle starts (see `steer.act`).
@@ -137,10 +140,9 @@ class SteerStudy:
         self.decoder = Decoder.of(contract)
         self.policy, self.contract, self.config = policy, contract, config
         self.world = World.of(contract, EvalConfig(engine=config.engine))
-        self.env = Tabletop(self.world.env)
         self._writer, self._switch_writer, self._source = writer, switch_writer, source
         self._graph, self._weights = nnx.split(policy)
-        self._reset = jax.jit(self.env.reset)
+        self._tables: dict[bool, Tabletop] = {}
         self._prepared: dict[str, Prepared] = {}
         self._runners: dict[tuple, Callable] = {}
 
@@ -155,11 +157,13 @@ class SteerStudy:
         config, world = self.config, self.world
         cases = make_shift(shift, world.env.task, world.bias, config.seed, config.scenes, world.scene)
         tokens, mask = self.contract.encode(cases.text)
+        table = self._table(shift)
+        reset = jax.jit(table.reset)
         trials = Trials(cases.scene, cases.command, cases.cue, tokens, mask, np.arange(config.scenes))
         trials, found = jax.device_get(trials), []
         for rows, count in batches(config.scenes, config.batch):
             some = take_rows(trials, rows)
-            found += perceive(self.env, self._reset(some.scene, some.command, some.cue))[:count]
+            found += perceive(table, reset(some.scene, some.command, some.cue))[:count]
         other = wrong_targets(trials)
         target = self._write(trials, cases.text, found, np.asarray(trials.command.target))
         if not any(target.programs):
@@ -167,6 +171,13 @@ class SteerStudy:
         wrong = self._write(trials, cases.text, found, other) if "wrong_target" in config.arms else target
         self._prepared[shift] = Prepared(trials, list(cases.text), found, other, target, wrong)
         return self._prepared[shift]
+
+    def _table(self, shift: str) -> Tabletop:
+        """The same one for the same kind of table: what is compiled for it is compiled once."""
+        post = shift == "obstacle"
+        if post not in self._tables:
+            self._tables[post] = Tabletop(self.world.env, post)
+        return self._tables[post]
 
     def _write(self, trials: Trials, texts: Sequence[str], found: Sequence[Perceived], slots) -> Written:
         """One program a scene; what is wrong with a reply is kept, and its scene is a failure."""
@@ -176,7 +187,8 @@ class SteerStudy:
             points = one.keypoints
             view = View(points.position, points.position)
             reply = self._writer(Request(make_prompt(text, points.labels, view), one.picture))
-            reply = reply.replace(TARGET, body_label(take_rows(trials.scene, row), int(slots[row])))
+            for mark, slot in ((TARGET, int(slots[row])), (OBSTACLE, POST_SLOT)):
+                reply = reply.replace(mark, body_label(take_rows(trials.scene, row), slot))
             try:
                 programs.append(read_program(reply, points.labels, view))
                 failures.append("")
@@ -204,6 +216,7 @@ class SteerStudy:
         failures = [""] * config.scenes if arm == "base" else written.failures
         columns["failure"] = failures
         columns["success"] = [ok and not why for ok, why in zip(columns["success"], failures, strict=True)]
+        columns["touched"] = (np.asarray(outcome.pushed) > TOUCHED).tolist()
         columns["at_other"] = (np.asarray(outcome.nearest) == prepared.other).tolist()
         return {"shift": shift, "arm": arm, "seconds": round(time.perf_counter() - began, 1), **columns}
 
@@ -244,7 +257,8 @@ class SteerStudy:
 
     def _runner(self, shift: str, particles: int, record: bool = False) -> tuple[Callable, VlmSwitcher | None]:
         """The compiled rollout for a number of particles; with a model as switcher it knows the scenes of its shift."""
-        key = (particles, record, shift if self._switch_writer else "")
+        table = self._table(shift)
+        key = (particles, record, table, shift if self._switch_writer else "")
         if key not in self._runners:
             switcher = None
             if self._switch_writer:
@@ -253,19 +267,19 @@ class SteerStudy:
                 switcher = VlmSwitcher(self._switch_writer, prepared.texts, stages)
             steer = dataclasses.replace(self.config.steer, particles=particles)
             noise = jax.random.key(self.config.seed)
-            own = functools.partial(self._rollout, steer, switcher, noise, record)
+            own = functools.partial(self._rollout, table, steer, switcher, noise, record)
             self._runners[key] = jax.jit(own), switcher
         return self._runners[key]
 
-    def _rollout(self, steer: SteerConfig, switcher, noise, record, weights, trials: Trials, memory: Memory, arm: Arm):
+    def _rollout(self, table, steer, switcher, noise, record, weights, trials: Trials, memory: Memory, arm: Arm):
         def steered(observation, tokens, token_mask, key, memory):
             policy, execute = nnx.merge(self._graph, weights), self.config.execute
             inputs = (observation, tokens, token_mask, key, memory, arm)
             return act(policy, self.decoder, steer, *inputs, execute=execute, switcher=switcher, source=self._source)
 
-        times = {"execute": self.config.execute, "ticks": self.env.max_ticks}
+        times = {"execute": self.config.execute, "ticks": table.max_ticks}
         outcome, seen, memory = rollout_with_memory(
-            Watched(self.env), steered, trials, memory, noise, record=record, **times
+            Watched(table), steered, trials, memory, noise, record=record, **times
         )
         return outcome, seen.path if record else None, memory
 
