@@ -91,8 +91,11 @@ def test_files_from_before_the_measures_load(cells):
 def test_the_figure_shows_each_arm_at_its_rates(cells):
     panels = figure(load_cells(cells)).axes
     assert [axis.get_title() for axis in panels] == ["in distribution (uniqueness)", "swapped (uniqueness)"]
-    lines = {line.get_label(): line.get_ydata() for line in panels[1].get_lines() if line.get_linestyle() == "-"}
-    assert lines["full"] == pytest.approx([0.6]) and lines["baseline"] == pytest.approx([0.15])
+    (means,) = (line for line in panels[1].get_lines() if line.get_label() == "ρ = 0.1")
+    labels = [text.get_text() for text in panels[0].get_yticklabels()]
+    names = dict(zip(panels[0].get_yticks(), labels, strict=True))
+    shown = {names[place]: rate for rate, place in zip(*means.get_data(), strict=True)}
+    assert shown == pytest.approx({"full": 0.6, "baseline": 0.15})
 
 
 def test_a_damaged_file_is_named(cells):

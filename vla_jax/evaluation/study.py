@@ -199,30 +199,25 @@ def _listening(results: Sequence[CellResult]) -> list[str]:
 
 
 def figure(results: Sequence[CellResult], splits: Sequence[str] = ("in_distribution", "swapped")) -> "Figure":
-    """Success over rho, a line an arm, a panel a split and coupling; dots are seeds."""
+    """Success of every arm, a row an arm, a colour a rho, a panel a split and coupling; small dots are seeds."""
     from matplotlib.figure import Figure
 
     rows = table(results)
-    couplings = list(dict.fromkeys(row["coupling"] for row in rows))
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
-    drawn = Figure(figsize=(4.6 * len(splits), 3.2 * len(couplings)), layout="constrained")
+    couplings, arms, rhos = ({row[name]: None for row in rows} for name in ("coupling", "arm", "rho"))
+    height = {arm: -place for place, arm in enumerate(arms)}
+    drawn = Figure(figsize=(1.5 + 3.5 * len(splits), (1.2 + 0.25 * len(arms)) * len(couplings)), layout="constrained")
     panels = drawn.subplots(len(couplings), len(splits), squeeze=False, sharey=True)
     for coupling, line in zip(couplings, panels, strict=True):
         for split, axis in zip(splits, line, strict=True):
-            for index, arm in enumerate(arms):
-                points = [r for r in rows if (r["coupling"], r["split"], r["arm"]) == (coupling, split, arm)]
-                if points:
-                    x = [row["rho"] for row in points]
-                    axis.plot(x, [row["rate"] for row in points], "-", color=f"C{index}", label=arm)
-                    for row in points:
-                        axis.plot([row["rho"]] * row["seeds"], row["by_seed"], ".", color=f"C{index}")
-            axis.set(xlabel="ρ", ylim=(-0.02, 1.02), title=f"{_spaced(split)} ({coupling})")
-            axis.set_xscale("symlog", linthresh=0.01)
-            rhos = sorted({row["rho"] for row in rows})
-            axis.set_xticks(rhos, [f"{rho:g}" for rho in rhos])
-            axis.minorticks_off()
-            axis.margins(x=0.1)
-        line[0].set_ylabel("success")
+            for index, rho in enumerate(rhos):
+                points = [r for r in rows if (r["coupling"], r["split"], r["rho"]) == (coupling, split, rho)]
+                places = [height[row["arm"]] for row in points]
+                axis.plot([r["rate"] for r in points], places, "o", color=f"C{index}", label=f"ρ = {rho:g}", alpha=0.8)
+                for row, place in zip(points, places, strict=True):
+                    axis.plot(row["by_seed"], [place] * row["seeds"], ".", color=f"C{index}", markersize=4)
+            axis.set(xlabel="success", xlim=(-0.02, 1.02), title=f"{_spaced(split)} ({coupling})")
+            axis.set_yticks([*height.values()], [*height])
+            axis.grid(axis="both", linewidth=0.3)
     panels[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return drawn
 
