@@ -143,6 +143,7 @@ class SteerStudy:
         self._writer, self._switch_writer, self._source = writer, switch_writer, source
         self._graph, self._weights = nnx.split(policy)
         self._tables: dict[bool, Tabletop] = {}
+        self._reset = jax.jit(Tabletop.reset, static_argnums=0)
         self._prepared: dict[str, Prepared] = {}
         self._runners: dict[tuple, Callable] = {}
 
@@ -158,12 +159,11 @@ class SteerStudy:
         cases = make_shift(shift, world.env.task, world.bias, config.seed, config.scenes, world.scene)
         tokens, mask = self.contract.encode(cases.text)
         table = self._table(shift)
-        reset = jax.jit(table.reset)
         trials = Trials(cases.scene, cases.command, cases.cue, tokens, mask, np.arange(config.scenes))
         trials, found = jax.device_get(trials), []
         for rows, count in batches(config.scenes, config.batch):
             some = take_rows(trials, rows)
-            found += perceive(table, reset(some.scene, some.command, some.cue))[:count]
+            found += perceive(table, self._reset(table, some.scene, some.command, some.cue))[:count]
         other = wrong_targets(trials)
         target = self._write(trials, cases.text, found, np.asarray(trials.command.target))
         if not any(target.programs):
