@@ -8,6 +8,7 @@ DATA is the path that `python -m experiments.collect` prints. All settings: `vla
 from ml_collections import ConfigDict
 
 from vla_jax.config import nearest
+from vla_jax.envs.questions import PLACE_WORDS
 from vla_jax.errors import UserError
 
 
@@ -47,7 +48,15 @@ ARMS = {
     "balanced_tokens": {"policy": {"conditioning": "tokens"}, "data": {"balance": 1.0}, **_loss(0.0, 0.0)},
     # the language model goes on answering questions about the table while it learns to act (envs/questions.py)
     "cotrained": {"policy": {"conditioning": "tokens"}, **_QUESTIONS, **_loss(0.0, 0.0, question_weight=0.2)},
-    # both
+    # and says where the object is ("x12 y20") after each instruction, before it acts on both: 2 words
+    "pointing": {
+        "policy": {"conditioning": "tokens", "reasoning": PLACE_WORDS},
+        **_QUESTIONS,
+        **_loss(0.0, 0.0, question_weight=0.2),
+    },
+    # the same through latent queries
+    "pointing_queries": {"policy": {"reasoning": PLACE_WORDS}, **_QUESTIONS, **_loss(0.0, 0.0, question_weight=0.2)},
+    # questions and balanced draws
     "balanced_cotrained": {
         "policy": {"conditioning": "tokens"},
         "data": {"balance": 1.0},

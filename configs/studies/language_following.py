@@ -15,6 +15,9 @@ follow 20 points more than their counterparts at rho = .1, and aim less well. Be
 queries (8), lambda (.3) or beta (.1) ran: none differs from `bayesianvla` by more than its seeds do.
 Before `much_contrast` ran, knowing that `contrastive` (.1) follows 37.5 % of swapped instructions at rho = .1: 10
 points more than that, and less than 2 lost in distribution.
+Before `pointing` and `pointing_queries` ran, knowing that a co-trained language model points within one of 32 cells of
+the named object in 82 % of held-out questions, and that `cotrained` follows 37.0 % of swapped instructions at rho = .1:
+65 % on swapped instructions, within 2 points of the baseline in distribution.
 """
 
 from ml_collections import ConfigDict

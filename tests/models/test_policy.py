@@ -158,6 +158,58 @@ def test_the_expert_sees_the_latent_queries_and_nothing_else(observation):
     assert (np.asarray(reading.valid) == np.concatenate([np.ones((3, 8), bool), TOKENS > 0], 1)).all()
 
 
+def reason(policy, images, tokens):
+    return policy.reason(images, tokens, tokens > 0)
+
+
+def next_words(policy, images, tokens):
+    predictors = policy.read(images, tokens, tokens > 0)["posterior"].predictors
+    return policy.word_logits(predictors).argmax(-1)
+
+
+def taught_to_act(policy, images, tokens):
+    """The gradient of some function of what conditions the actions."""
+    graph, parameters, rest = nnx.split(policy, nnx.Param, ...)
+
+    def total(parameters):
+        return encode(nnx.merge(graph, parameters, rest), images, tokens).hidden.sum()
+
+    return jax.grad(total)(parameters)
+
+
+@pytest.mark.parametrize("conditioning", ["queries", "tokens"])
+def test_a_policy_reads_on_from_its_own_words(observation, conditioning):
+    """Two words, each the likeliest after those before it, behind an instruction of any length."""
+    policy, images = make_policy(conditioning=conditioning, reasoning=2), observation["images"]
+    words, mask = (np.asarray(part) for part in call(policy, reason, images, TOKENS))
+    expected = np.pad(TOKENS, ((0, 0), (0, 2)))
+    for _ in range(2):
+        places = (expected > 0).sum(1)[:, None]
+        said = np.take_along_axis(np.asarray(call(policy, next_words, images, expected)), places, 1)
+        assert said.all()  # a word that is padding could not be told from none
+        np.put_along_axis(expected, places, said, 1)
+    assert (words == expected).all() and (mask == (expected > 0)).all()
+    silent = make_policy(conditioning=conditioning)
+    reading, as_told = call(policy, encode, images, TOKENS), call(silent, encode, images, words)
+    # Queries stand further along the line where there is room for words.
+    if conditioning == "tokens":
+        np.testing.assert_allclose(reading.hidden, as_told.hidden, atol=1e-5)
+    assert reading.predictors.shape == (3, TOKENS.shape[1], 16)
+    np.testing.assert_allclose(reading.predictors[2], as_told.predictors[2, :4], atol=1e-5)
+    act_words = act(policy, observation, TOKENS, TOKENS > 0)
+    assert np.abs(act_words - act(silent, observation, TOKENS, TOKENS > 0)).max() > 1e-5
+
+
+def test_what_a_policy_says_to_itself_is_not_learned_from_actions(observation):
+    policy = make_policy(conditioning="tokens", reasoning=2)
+    learned = call(policy, taught_to_act, observation["images"], TOKENS)
+    words, _ = call(policy, reason, observation["images"], TOKENS)
+    told = call(make_policy(conditioning="tokens"), taught_to_act, observation["images"], np.asarray(words))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), learned, told)
+    with pytest.raises(UserError, match="reasoning is -1"):
+        make_policy(reasoning=-1)
+
+
 def test_scan_remat_and_the_unrolled_loop_agree(observation):
     looped = [dataclasses.replace(part, scan=True, remat="all") for part in (VISION, TRUNK, EXPERT)]
     policy = make_policy(vision=looped[0], trunk=looped[1], expert=looped[2])

@@ -102,7 +102,7 @@ def gaze(
         UserError: a policy without queries has no prior.
     """
     observation = repeat_scene(observation, len(tokens))
-    packed = policy.pack(observation["images"], tokens, token_mask, (branch,))
+    packed = policy.pack(observation["images"], *policy.reason(observation["images"], tokens, token_mask), (branch,))
     layout = packed.layout
     if policy.queries is None:
         weights = _action_gaze(policy, observation, tokens, token_mask, key)

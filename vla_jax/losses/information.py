@@ -15,9 +15,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-from flax import nnx
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from vla_jax.flow.path import point
@@ -25,6 +22,7 @@ from vla_jax.losses.flow_matching import draw
 from vla_jax.losses.language import token_log_likelihood
 from vla_jax.models.expert import Condition, present
 from vla_jax.models.policy import Chunk, Policy, Reading
+from vla_jax.nn.flat import frozen
 
 
 def recorded_chunk(
@@ -46,12 +44,6 @@ def predicted_chunk(
     x = point(noise, actions[:, None], time)
     aim = x + (1 - time[..., None, None]) * policy.velocity(x, time, condition)
     return Chunk(present(aim[:, 0], condition.dimensions), time[:, 0] * 0 + 1)
-
-
-def frozen(policy: Policy) -> Policy:
-    """The same policy, through which no gradient reaches its parameters."""
-    graph, state = nnx.split(policy)
-    return nnx.merge(graph, jax.tree.map(lax.stop_gradient, state))
 
 
 def likelihoods(policy: Policy, reading: Reading, tokens: Int[Array, "B L"]) -> Float[Array, "B L"]:

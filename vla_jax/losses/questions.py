@@ -21,7 +21,7 @@ def answer_likelihood(policy: Policy, questions: dict[str, Any]) -> tuple[Float[
     questions: images, tokens int32[B, L] (question, then answer), token_mask bool[B, L], answer_mask bool[B, L].
     """
     tokens, answer = questions["tokens"], questions["answer_mask"]
-    reading = policy.encode(questions["images"], tokens, questions["token_mask"])["posterior"]
+    reading = policy.read(questions["images"], tokens, questions["token_mask"])["posterior"]
     logits = policy.word_logits(reading.predictors)
     # If every token of the answer is the most likely one after those before it, greedy decoding says the answer.
     right = ((logits.argmax(-1) == tokens) | ~answer).all(-1)

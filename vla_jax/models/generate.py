@@ -12,8 +12,22 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from vla_jax.models.prompt import Prompt, mask_of
 from vla_jax.models.trunk import Cache
+from vla_jax.nn.attention import Mask
+
+
+class Opening(NamedTuple):
+    """What is there before the first new token.
+
+    embedded, taps: the trunk's inputs. mask: who sees whom among them. valid: False at padding, wherever it stands.
+    position: for the trunk's rotary embedding.
+    """
+
+    embedded: Float[Array, "B T D"]
+    taps: Float[Array, "n B T D"] | None
+    mask: Mask
+    valid: Bool[Array, "B T"]
+    position: Int[Array, "B *A T"]
 
 
 class Generation(NamedTuple):
@@ -35,8 +49,8 @@ class _Going(NamedTuple):
 
 
 def generate(
-    vlm,
-    prompt: Prompt,
+    model,
+    opening: Opening,
     temperature: Float[Array, ""],
     top_p: Float[Array, ""],
     key: PRNGKeyArray,
@@ -45,22 +59,24 @@ def generate(
     stop: tuple[int, ...],
     sample: bool,
 ) -> Generation:
-    """Reads the prompts at once and goes on until every answer has stopped or has `max_tokens` tokens.
+    """Reads the openings at once and goes on until every answer has stopped or has `max_tokens` tokens.
 
-    What was padded in a prompt stays hidden, so the answers do not depend on it: a new token sees all real tokens
-    before it, and its position follows the prompt's last one.
+    What was padded in an opening stays hidden, so the answers do not depend on it: a new token sees all real tokens
+    before it, and its position follows the opening's last one.
+
+    model: `models.words.Words` with a trunk.
     """
 
     def choose(hidden: Float[Array, "B D"], key: PRNGKeyArray) -> Int[Array, " B"]:
-        logits = vlm.word_logits(hidden)
+        logits = model.word_logits(hidden)
         return draw(logits, temperature, top_p, key) if sample else jnp.argmax(logits, -1)
 
-    B, T = prompt.tokens.shape
-    x, taps = vlm.embed(prompt)
-    hidden, cache = vlm.trunk.begin(x, max_tokens, mask_of(prompt), vlm.trunk.rotary(prompt.position), taps)
-    last = T - 1 - jnp.argmax(prompt.valid[:, ::-1], 1)
-    known = jnp.pad(prompt.valid, ((0, 0), (0, max_tokens)))
-    position = _next_position(prompt)
+    x, taps, mask, valid, where = opening
+    B, T = valid.shape
+    hidden, cache = model.trunk.begin(x, max_tokens, mask, model.trunk.rotary(where), taps)
+    last = T - 1 - jnp.argmax(valid[:, ::-1], 1)
+    known = jnp.pad(valid, ((0, 0), (0, max_tokens)))
+    position = _next_position(valid, where)
     empty = Generation(jnp.zeros((B, max_tokens), jnp.int32), jnp.zeros(B, jnp.int32))
     key, now = jax.random.split(key)
     token = choose(jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0], now)
@@ -73,8 +89,8 @@ def generate(
         done = done | jnp.isin(token, jnp.array(stop, jnp.int32))
         slot = jnp.arange(T + max_tokens)
         visible = known | ((slot >= T) & (slot <= T + count))
-        hidden, cache = vlm.trunk.extend(
-            vlm.embed_words(token)[:, None], cache, T + count, visible[:, None], vlm.trunk.rotary(position + count)
+        hidden, cache = model.trunk.extend(
+            model.embed_words(token)[:, None], cache, T + count, visible[:, None], model.trunk.rotary(position + count)
         )
         key, now = jax.random.split(key)
         return _Going(count + 1, choose(hidden[:, 0], now), done, Generation(tokens, lengths), cache, key)
@@ -82,11 +98,11 @@ def generate(
     return lax.while_loop(lambda going: (going.count < max_tokens) & ~going.done.all(), step, begin).answer
 
 
-def _next_position(prompt: Prompt) -> Int[Array, "B *A 1"]:
+def _next_position(valid: Bool[Array, "B T"], position: Int[Array, "B *A T"]) -> Int[Array, "B *A 1"]:
     """Where the first new token stands: behind all others, on every axis."""
-    real = jnp.expand_dims(prompt.valid, range(1, prompt.position.ndim - 1))
-    furthest = jnp.where(real, prompt.position, -1).max(tuple(range(1, prompt.position.ndim)))
-    shape = (len(furthest), *prompt.position.shape[1:-1], 1)
+    real = jnp.expand_dims(valid, range(1, position.ndim - 1))
+    furthest = jnp.where(real, position, -1).max(tuple(range(1, position.ndim)))
+    shape = (len(furthest), *position.shape[1:-1], 1)
     return jnp.broadcast_to(jnp.expand_dims(furthest + 1, range(1, len(shape))), shape)
 
 

@@ -25,9 +25,11 @@ from vla_jax.models.expert import ActionExpert, Condition, ExpertConfig, present
 from vla_jax.models.keypoints import KeypointConfig, KeypointEncoder
 from vla_jax.models.normalizer import DataFacts, Normalizer
 from vla_jax.models.qwen_vision import QwenViews, QwenVisionConfig
+from vla_jax.models.reasoning import continued
 from vla_jax.models.trunk import Trunk, TrunkConfig
 from vla_jax.models.vision import VisionConfig, VisionEncoder
 from vla_jax.models.words import Words
+from vla_jax.nn.flat import frozen
 from vla_jax.nn.lora import LoraConfig, add_adapters
 from vla_jax.sequence.layouts import branched
 from vla_jax.sequence.spans import Layout, Span
@@ -49,7 +51,9 @@ class PolicyConfig:
     opening, closing: ids of the words before and after all pictures; brackets: of one before and one after each.
     image_bidirectional: picture tokens see all picture tokens, not only those before them.
     conditioning: "queries" (the expert sees the latent queries only) or "tokens" (it sees all of [v, l], and there are
-    no queries: the usual baseline). read_actions: the trunk can read an action chunk (branch "action" of `encode`).
+    no queries: the usual baseline). reasoning: words that the language model says after the instruction, before the
+    policy acts on both (0: none; see `Policy.reason`). read_actions: the trunk can read an action chunk (branch
+    "action" of `encode`).
     dtype: of the computation; parameters are float32."""
 
     encoder: str = "vit"
@@ -69,6 +73,7 @@ class PolicyConfig:
     queries: int = 8
     chunk: int = 8
     conditioning: str = "queries"
+    reasoning: int = 0
     read_actions: bool = False
     lora: LoraConfig = LoraConfig()
     dtype: str = "float32"
@@ -123,6 +128,8 @@ class Policy(Words):
             raise UserError(f"conditioning must be 'queries' or 'tokens', got {config.conditioning!r}")
         if config.conditioning == "queries" and config.queries < 1:
             raise UserError(f"conditioning = 'queries' needs at least one latent query, got queries = {config.queries}")
+        if config.reasoning < 0:
+            raise UserError(f"policy.reasoning is {config.reasoning}: it must not be negative")
         if len(config.brackets) not in (0, 2):
             raise UserError(f"policy.brackets must be two word ids or none, got {config.brackets}")
         D, dtype = config.trunk.width, config.dtype
@@ -184,10 +191,10 @@ class Policy(Words):
             raise UserError("a policy with conditioning = 'tokens' has no prior branch; use conditioning = 'queries'")
         if self.reader is None and "action" in branches:
             raise UserError("this policy cannot read actions: set policy.read_actions = true")
-        if text > self.facts.max_tokens:
+        room = self.facts.max_tokens + self.config.reasoning
+        if text > room:
             raise UserError(f"instructions of {text} tokens; this policy was made for at most {self.facts.max_tokens}")
         queries = 0 if self.queries is None else self.config.queries
-        room = self.facts.max_tokens
         return branched(self.prefix, queries, text, room, tuple(branches), actions=self.config.chunk)
 
     @property
@@ -219,11 +226,43 @@ class Policy(Words):
         chunk: Chunk | None = None,
         other: Instruction | None = None,
     ) -> dict[str, Reading]:
-        """Read the sequence once, for all branches.
+        """What the policy makes of a scene and an instruction, in all branches: it reasons (`reason`), and then reads
+        what it was told and what it said to itself.
 
         branches: some of `sequence.layouts.BRANCHES`.
         chunk: the actions that the branch "action" reads. other: the instruction that the branch "negative" reads.
         """
+        length = tokens.shape[1]
+        tokens, token_mask = self.reason(images, tokens, token_mask)
+        other = None if other is None else self.reason(images, *other)
+        readings = self.read(images, tokens, token_mask, branches, chunk, other)
+        return {name: part._replace(predictors=part.predictors[:, :length]) for name, part in readings.items()}
+
+    def reason(
+        self, images: dict[str, Array], tokens: Int[Array, "B L"], token_mask: Bool[Array, "B L"]
+    ) -> Instruction:
+        """The instruction followed by the `config.reasoning` words that the language model finds likeliest after it: a
+        chain of thought before the action (arXiv 2407.08693).
+
+        They say what the model was taught to answer (`losses.questions`). No gradient passes, so actions do not teach
+        them; and the policy learns to act on its own words, not on true ones.
+        """
+        if not self.config.reasoning:
+            return Instruction(tokens, token_mask)
+        thinker = frozen(self)
+        packed = thinker.pack(images, tokens, token_mask, ("posterior",))
+        return Instruction(*continued(thinker, packed, tokens, token_mask, self.config.reasoning))
+
+    def read(
+        self,
+        images: dict[str, Array],
+        tokens: Int[Array, "B L"],
+        token_mask: Bool[Array, "B L"],
+        branches: tuple[str, ...] = ("posterior",),
+        chunk: Chunk | None = None,
+        other: Instruction | None = None,
+    ) -> dict[str, Reading]:
+        """Read the sequence once, for all branches, as it is; see `encode`."""
         packed = self.pack(images, tokens, token_mask, branches, chunk, other)
         hidden = self.trunk(*packed)
         return {branch: self._reading(hidden, packed.valid, packed.layout, branch) for branch in branches}
@@ -237,7 +276,7 @@ class Policy(Words):
         chunk: Chunk | None = None,
         other: Instruction | None = None,
     ) -> Packed:
-        """The sequence that `encode` reads; several branches are packed after one shared image:
+        """The sequence that `read` reads; several branches are packed after one shared image:
         [v | Q l | l Q | a l | s l | …]."""
         layout = self.layout(tokens.shape[1], branches)
         parts, taps = self.embed(images, tokens, chunk, other)

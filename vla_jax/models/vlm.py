@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from vla_jax.models.generate import Generation, generate
+from vla_jax.models.generate import Generation, Opening, generate
 from vla_jax.models.prompt import Prompt, mask_of
 from vla_jax.models.trunk import Trunk
 from vla_jax.models.words import Words
@@ -95,4 +95,6 @@ def _logits(graphdef: nnx.GraphDef, state: nnx.State, prompt: Prompt) -> Float[A
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("max_tokens", "stop", "sample"))
 def _generate(graphdef, state, prompt, temperature, top_p, key, **settings) -> Generation:
-    return generate(nnx.merge(graphdef, state), prompt, temperature, top_p, key, **settings)
+    vlm = nnx.merge(graphdef, state)
+    opening = Opening(*vlm.embed(prompt), mask_of(prompt), prompt.valid, prompt.position)
+    return generate(vlm, opening, temperature, top_p, key, **settings)
