@@ -93,6 +93,24 @@ def test_packed_branches_are_two_separate_passes(name, images):
     assert np.abs(packed["prior"].hidden - packed["posterior"].hidden).max() > 1e-3
 
 
+@pytest.mark.parametrize("name", VLMS)
+def test_it_says_the_likeliest_words_after_an_instruction(name, images):
+    def reason(policy, images):
+        return policy.reason(images, TOKENS, MASK)
+
+    def next_word(policy, images, tokens, mask):
+        return policy.word_logits(policy.read(images, tokens, mask)["posterior"].predictors).argmax(-1)
+
+    words, mask = run(reason, name, images, reasoning=2)
+    tokens, told = np.pad(TOKENS, ((0, 0), (0, 2))), np.pad(MASK, ((0, 0), (0, 2)))
+    for _ in range(2):
+        place = told.sum(1)[:, None]
+        best = np.asarray(run(next_word, name, images, tokens, told, reasoning=2))
+        np.put_along_axis(tokens, place, np.take_along_axis(best, place, 1), 1)
+        np.put_along_axis(told, place, True, 1)
+    assert (np.asarray(mask) == told).all() and (np.asarray(words)[told] == tokens[told]).all()
+
+
 def qwen_prompt(config, images):
     """The posterior branch without its queries, as the model's own processor would spell it."""
     picture = [config.vision_start, *[config.image_token] * 16, config.vision_end]
