@@ -19,7 +19,7 @@ from experiments.steer import SteerRunConfig, WriterConfig
 from experiments.steer import run as steer
 from experiments.study import StudyConfig
 from experiments.study import run as study
-from vla_jax.analysis.imagine import Imagination, guidances
+from vla_jax.analysis.imagine import Imagination, guidances, with_reasoning
 from vla_jax.analysis.plots import plot_branches, plot_imagined
 from vla_jax.analysis.runs import compare_runs, load_run, sibling_runs, success_table
 from vla_jax.config import to_json
@@ -224,6 +224,10 @@ def test_the_first_moment_of_a_case_is_what_the_policy_sees(runs):
     for thing, (column, row) in enumerate(np.asarray(pixels)):
         rows, columns = np.nonzero(start.things["front"] == thing)
         assert np.hypot(columns.mean() + 0.5 - column, rows.mean() + 0.5 - row) < 1.5
+    assert with_reasoning(policy, contract, start, texts) == texts
+    policy.config = dataclasses.replace(policy.config, reasoning=2)
+    for text, said in zip(texts, with_reasoning(policy, contract, start, texts), strict=True):
+        assert said.startswith(f"{text} ") and len(said.split()) <= len(text.split()) + 2  # padding is no word
     chunks = imagination.demonstrated(0, 4)
     assert chunks.shape == (3, 4, 5)
     way = position - np.asarray(case.scene.tcp)[0, :2]

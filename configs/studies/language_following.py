@@ -19,7 +19,7 @@ Before `pointing` and `pointing_queries` ran, knowing that a co-trained language
 the named object in 82 % of held-out questions, and that `cotrained` follows 37.0 % of swapped instructions at rho = .1:
 65 % on swapped instructions, within 2 points of the baseline in distribution. Before `slow_pointing` and
 `frozen_pointing` ran, having seen that `pointing` forgets half of the answers in its first 500 steps, while the actions
-begin to learn what to look at: more than `pointing` on swapped instructions, and `frozen_pointing` less in distribution.
+begin to learn what to look at: more than `pointing` on swapped instructions; `frozen_pointing` less in distribution.
 """
 
 from ml_collections import ConfigDict

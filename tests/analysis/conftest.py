@@ -34,8 +34,8 @@ CONFIG = dict(
 @pytest.fixture(scope="session")
 def make_policy():
     @functools.cache
-    def make(conditioning="queries"):
-        config = PolicyConfig(conditioning=conditioning, **CONFIG)
+    def make(conditioning="queries", reasoning=0):
+        config = PolicyConfig(conditioning=conditioning, reasoning=reasoning, **CONFIG)
         return jax.jit(lambda: Policy(config, FACTS, nnx.Rngs(0)))()
 
     return make

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
+from vla_jax.data import tokenizer as tokenizers
 from vla_jax.data.contract import Contract
 from vla_jax.envs import language
 from vla_jax.envs.camera import Camera, project
@@ -173,6 +174,24 @@ class Imagination:
             lambda leaf: leaf[0, VIEWS.index("front")], cameras_of(self.env.model, start.bodies, scene)
         )
         return observe_images(self.env.model, start.bodies, scene, size)["front"][0], camera
+
+
+def with_reasoning(policy: Policy, contract: Contract, start: Start, texts: Sequence[str]) -> list[str]:
+    """Each instruction and what the policy says to itself after it (`Policy.reason`), at the start of a case.
+
+    Raises:
+        UserError: a word that the policy does not know.
+    """
+    tokens, mask = contract.encode(texts)
+    images = {view: np.repeat(image, len(texts), 0) for view, image in start.observation["images"].items()}
+    tokens, mask = jax.device_get(_reason(*nnx.split(policy), images, tokens, mask))
+    tokenizer = tokenizers.from_json(contract.tokenizer)
+    return [tokenizer.decode(row[there]) for row, there in zip(tokens, mask, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _reason(graphdef, weights, images, tokens, mask):
+    return nnx.merge(graphdef, weights).reason(images, tokens, mask)
 
 
 def guidances(policy: Policy, weight: float) -> dict[str, float | None]:
