@@ -22,7 +22,7 @@ from vla_jax.config import resolve
 from vla_jax.envs.collect import CollectConfig
 from vla_jax.errors import UserError
 from vla_jax.models.normalizer import DataFacts
-from vla_jax.models.policy import Policy
+from vla_jax.models.policy import LANGUAGE_MODEL, Policy
 from vla_jax.training.optimizer import learning_rate_scales
 from vla_jax.training.state import abstract
 from vla_jax.training.train_config import TrainConfig
@@ -83,6 +83,19 @@ def test_a_variant_of_the_study_differs_from_its_arm_as_it_says(name):
         assert functools.reduce(getattr, path.split("."), arms[name]) == value
         assert functools.reduce(getattr, path.split("."), arms[arm]) != value
     assert name not in resolve(StudyConfig, language_following.get_config()).arms
+
+
+@pytest.mark.parametrize("name, factor", [("slow_baseline", 0.1), ("slow_pointing", 0.1), ("frozen_queries", 0.0)])
+def test_a_slow_or_frozen_language_model_is_the_whole_of_it(name, factor):
+    """Word embeddings too, whose path is one name without a slash; and nothing else."""
+    config = resolve(StudyConfig, language_following.get_config(name)).arms[name]
+    facts = DataFacts(100, 24, 64, (-1.0,) * 5, (1.0,) * 5, (-1.0,), (1.0,))
+    _, shapes, _ = abstract(lambda rngs: Policy(config.policy, facts, rngs))
+    scales = learning_rate_scales(config.optimizer, shapes)
+    assert {path for path, scale in scales.items() if scale == factor} == {
+        path for path in shapes if path.split("/")[0] in LANGUAGE_MODEL
+    }
+    assert set(scales.values()) == {factor, 1.0} and scales["expert/action_in/kernel"] == 1.0
 
 
 def test_a_misspelt_arm_gets_a_suggestion():
