@@ -56,6 +56,12 @@ ARMS = {
     },
     # the same through latent queries
     "pointing_queries": {"policy": {"reasoning": PLACE_WORDS}, **_QUESTIONS, **_loss(0.0, 0.0, question_weight=0.2)},
+    # the actions are conditioned on the two words alone
+    "pointing_only": {
+        "policy": {"conditioning": "reasoning", "reasoning": PLACE_WORDS},
+        **_QUESTIONS,
+        **_loss(0.0, 0.0, question_weight=0.2),
+    },
     # questions and balanced draws
     "balanced_cotrained": {
         "policy": {"conditioning": "tokens"},

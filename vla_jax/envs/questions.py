@@ -155,7 +155,7 @@ class QuestionConfig:
 class Questioner:
     """Batches of questions about the scenes of one world, in the words of one contract.
 
-    held_out: of another stream, which no training with this seed meets.
+    held_out: of another stream, which no training with this seed meets. views: the pictures that are shown.
     """
 
     def __init__(
@@ -166,8 +166,9 @@ class Questioner:
         scene: SceneConfig,
         seed: int = 0,
         held_out: bool = False,
+        views: tuple[str, ...] = VIEWS,
     ):
-        self._world = (env, bias, scene)
+        self._world, self._views = (env, bias, scene), tuple(views)
         self._stream = (seed, int(held_out))
         self.stream = {"seed": seed, "held_out": held_out}  # names what is asked
         self._tokenizer, self._length = tokenizers.from_json(contract.tokenizer), contract.max_tokens
@@ -179,7 +180,7 @@ class Questioner:
             images {view: uint8[B, H, W, 3]}, tokens int32[B, L] (question, then answer), token_mask bool[B, L],
             answer_mask bool[B, L] (True on the answer), kind int32[B] (index into KINDS).
         """
-        drawn = _draw(*self._world, np.array(self._stream), number, rows)
+        drawn = _draw(*self._world, self._views, np.array(self._stream), number, rows)
         images, pixels, scene, fits = jax.device_get(drawn)
         texts, lengths, kinds = [], [], []
         for index, row in enumerate(rows):
@@ -195,11 +196,12 @@ class Questioner:
         return {"images": images, "tokens": tokens, "token_mask": mask, "answer_mask": answer, "kind": kind}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _draw(
     config: EnvConfig,
     bias: BiasConfig,
     scene_config: SceneConfig,
+    views: tuple[str, ...],
     stream: Int[Array, "2"],
     number: Int[Array, ""],
     rows: Int[Array, "B"],
@@ -215,7 +217,7 @@ def _draw(
     front = jax.tree.map(lambda leaf: leaf[:, VIEWS.index("front")], cameras)
     pixels, _ = jax.vmap(functools.partial(project, height=1, width=1))(front, state.bodies.object_position)
     images = observe_images(env.model, state.bodies, scene, config.image_size)
-    return images, pixels, scene, language.fitting_referents(scene)
+    return {view: images[view] for view in views}, pixels, scene, language.fitting_referents(scene)
 
 
 class QuestionStream:

@@ -125,10 +125,17 @@ def light_of(scene: Scene) -> Light:
 def observe_pictures(
     model: mujoco.MjModel, bodies: Bodies, scene: Scene, image_size: int, supersample: int = 1
 ) -> dict[str, Picture]:
-    """What each camera sees, with depth and segmentation (numbers of the model's geoms); leaves [B, H, W, ...]."""
+    """What each camera sees, with depth and segmentation (numbers of the model's geoms); leaves [B, H, W, ...].
+
+    Each view is drawn by itself, so that a compiled program that does not use one does not draw it.
+    """
     geoms, cameras, light = geoms_of(model, bodies, scene), cameras_of(model, bodies, scene), light_of(scene)
-    pictures = render_batch(geoms, cameras, light, height=image_size, width=image_size, supersample=supersample)
-    return {name: jax.tree.map(lambda leaf, v=v: leaf[:, v], pictures) for v, name in enumerate(VIEWS)}
+    size = dict(height=image_size, width=image_size, supersample=supersample)
+    pictures = {}
+    for number, name in enumerate(VIEWS):
+        camera = jax.tree.map(lambda leaf, number=number: leaf[:, number : number + 1], cameras)
+        pictures[name] = jax.tree.map(lambda leaf: leaf[:, 0], render_batch(geoms, camera, light, **size))
+    return pictures
 
 
 def observe_images(

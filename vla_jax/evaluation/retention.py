@@ -25,8 +25,9 @@ def answer_accuracy(
     Returns:
         Rates from 0 to 1; "answer_nll" is the mean of -log p(answer | picture, question) in nats a token.
     """
-    asked = Questioner(contract, world.env, world.bias, world.scene, seed, held_out=True)(0, np.arange(questions))
-    graphdef, weights = nnx.split(policy)
+    views, graphdef, weights = policy.config.views, *nnx.split(policy)
+    ask = Questioner(contract, world.env, world.bias, world.scene, seed, held_out=True, views=views)
+    asked = ask(0, np.arange(questions))
     kind = asked.pop("kind")
     likelihood, right = jax.device_get(_answer(graphdef, weights, asked))
     by_kind = {f"answers/{name}": float(right[kind == number].mean()) for number, name in enumerate(KINDS)}

@@ -36,6 +36,7 @@ from vla_jax.sequence.spans import Layout, Span
 
 PAD_ID = 0  # of the tokenizer
 LANGUAGE_MODEL = ("vision", "words", "head", "trunk")  # the parts that have nothing to do with actions
+CONDITIONINGS = ("queries", "tokens", "reasoning")
 # name: (module, the field of PolicyConfig that holds its settings)
 ENCODERS = {
     "vit": (VisionEncoder, "vision"),
@@ -50,10 +51,10 @@ class PolicyConfig:
     vocabulary, tied, word_scale: see `models.words`; 0 words are those of the tokenizer.
     opening, closing: ids of the words before and after all pictures; brackets: of one before and one after each.
     image_bidirectional: picture tokens see all picture tokens, not only those before them.
-    conditioning: "queries" (the expert sees the latent queries only) or "tokens" (it sees all of [v, l], and there are
-    no queries: the usual baseline). reasoning: words that the language model says after the instruction, before the
-    policy acts on both (0: none; see `Policy.reason`). read_actions: the trunk can read an action chunk (branch
-    "action" of `encode`).
+    conditioning: "queries" (the expert sees the latent queries only), "tokens" (it sees all of [v, l], and there are no
+    queries: the usual baseline) or "reasoning" (it sees only the words of `reasoning`; no queries either).
+    reasoning: words that the language model says after the instruction, before the policy acts on both (0: none; see
+    `Policy.reason`). read_actions: the trunk can read an action chunk (branch "action" of `encode`).
     dtype: of the computation; parameters are float32."""
 
     encoder: str = "vit"
@@ -124,12 +125,14 @@ class Policy(Words):
     def __init__(self, config: PolicyConfig, facts: DataFacts, rngs: nnx.Rngs):
         if config.encoder not in ENCODERS:
             raise UserError(f"policy.encoder must be one of {', '.join(ENCODERS)}, got {config.encoder!r}")
-        if config.conditioning not in ("queries", "tokens"):
-            raise UserError(f"conditioning must be 'queries' or 'tokens', got {config.conditioning!r}")
+        if config.conditioning not in CONDITIONINGS:
+            raise UserError(f"conditioning must be one of {', '.join(CONDITIONINGS)}, got {config.conditioning!r}")
         if config.conditioning == "queries" and config.queries < 1:
             raise UserError(f"conditioning = 'queries' needs at least one latent query, got queries = {config.queries}")
-        if config.reasoning < 0:
-            raise UserError(f"policy.reasoning is {config.reasoning}: it must not be negative")
+        if config.reasoning < (config.conditioning == "reasoning"):
+            raise UserError(
+                f"policy.reasoning is {config.reasoning}: 0 words or more, with conditioning = 'reasoning' 1"
+            )
         if len(config.brackets) not in (0, 2):
             raise UserError(f"policy.brackets must be two word ids or none, got {config.brackets}")
         D, dtype = config.trunk.width, config.dtype
@@ -188,7 +191,7 @@ class Policy(Words):
     def layout(self, text: int, branches: tuple[str, ...]) -> Layout:
         """The sequence for instructions padded to `text` tokens."""
         if self.queries is None and "prior" in branches:
-            raise UserError("a policy with conditioning = 'tokens' has no prior branch; use conditioning = 'queries'")
+            raise UserError("a policy without latent queries has no prior branch; use conditioning = 'queries'")
         if self.reader is None and "action" in branches:
             raise UserError("this policy cannot read actions: set policy.read_actions = true")
         room = self.facts.max_tokens + self.config.reasoning
@@ -296,6 +299,10 @@ class Policy(Words):
         predictors = jnp.concatenate([hidden[:, before : before + 1], hidden[:, text.start : text.stop - 1]], 1)
         if branch in ("action", "words"):
             return Reading(hidden[:, text], valid[:, text], predictors)
+        if self.config.conditioning == "reasoning":
+            words = self.config.reasoning
+            place = valid[:, text].sum(1, keepdims=True) - words + jnp.arange(words)
+            return Reading(jnp.take_along_axis(hidden[:, text], place[..., None], 1), None, predictors)
         if self.queries is None:
             seen = slice(sum(span.length for span in self.prefix)), text
             hidden, valid = (jnp.concatenate([each[:, where] for where in seen], 1) for each in (hidden, valid))

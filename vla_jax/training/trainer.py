@@ -167,8 +167,9 @@ def _make_data(config: TrainConfig, contract: Contract, split: str):
     if not config.questions.batch_size:
         return data
     world = World.of(contract, config.eval)
-    questioner = Questioner(contract, world.env, world.bias, world.scene, config.questions.seed, split == "held_out")
-    return QuestionStream(questioner, config.questions.batch_size, data, *process)
+    stream, views = (config.questions.seed, split == "held_out"), config.policy.views
+    ask = Questioner(contract, world.env, world.bias, world.scene, *stream, views)
+    return QuestionStream(ask, config.questions.batch_size, data, *process)
 
 
 def start_from(run_dir: str | Path, state: TrainState, contract: Contract) -> TrainState:
