@@ -117,13 +117,15 @@ def test_a_gaze_is_shared_out_among_picture_words_and_queries(make_policy, obser
     np.testing.assert_allclose(other.text[1], seen.text[1], atol=1e-6)
 
 
-@pytest.mark.parametrize("conditioning", ["queries", "tokens"])
-def test_what_a_policy_said_to_itself_is_looked_at_too(make_policy, observation, conditioning):
+@pytest.mark.parametrize("conditioning, readers", [("queries", 3), ("tokens", 4), ("reasoning", 2)])
+def test_what_a_policy_said_to_itself_is_looked_at_too(make_policy, observation, conditioning, readers):
     seen = gaze(make_policy(conditioning, reasoning=2), observation, TOKENS, TOKENS > 0, KEY)
-    assert seen.text.shape[2] == 3 + 2
+    assert seen.text.shape == (2, readers, 3 + 2)
     np.testing.assert_allclose(sum(part.sum(-1) for part in seen), 1, atol=1e-5)
-    assert (seen.text[0, :, :4] > 0).all() and (seen.text[0, :, 4] == 0).all(), "two words told, two said"
-    assert (seen.text[1] > 0).all()
+    assert (seen.text[0, -1, :4] > 0).all() and (seen.text[0, :, 4] == 0).all(), "two words told, two said"
+    assert (seen.text[1, -1] > 0).all()
+    # A word does not see what is said after it.
+    assert (seen.text[0, 0, 3] == 0) == (seen.text[1, 0, 4] == 0) == (conditioning == "reasoning")
 
 
 def test_the_gaze_of_the_prior_does_not_depend_on_the_words(make_policy, observation):

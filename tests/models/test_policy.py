@@ -200,6 +200,19 @@ def test_a_policy_reads_on_from_its_own_words(observation, conditioning):
     assert np.abs(act_words - act(silent, observation, TOKENS, TOKENS > 0)).max() > 1e-5
 
 
+def test_the_expert_can_see_the_policys_own_words_alone(observation):
+    policy, images = make_policy(conditioning="reasoning", reasoning=2), observation["images"]
+    reading = call(policy, encode, images, TOKENS)
+    everything = call(make_policy(conditioning="tokens", reasoning=2), encode, images, TOKENS)
+    for row, count in enumerate((TOKENS > 0).sum(1)):
+        own = np.asarray(everything.hidden)[row, 8 + count : 8 + count + 2]  # behind two views of four tokens
+        np.testing.assert_allclose(reading.hidden[row], own, atol=1e-5)
+    assert reading.hidden.shape == (3, 2, 16) and reading.valid is None
+    assert np.isfinite(act(policy, observation, TOKENS, np.zeros_like(TOKENS, bool))).all()
+    with pytest.raises(UserError, match="reasoning is 0 with conditioning = 'reasoning'"):
+        make_policy(conditioning="reasoning")
+
+
 def test_what_a_policy_says_to_itself_is_not_learned_from_actions(observation):
     policy = make_policy(conditioning="tokens", reasoning=2)
     learned = call(policy, taught_to_act, observation["images"], TOKENS)

@@ -90,8 +90,9 @@ def gaze(
     """Mean over layers and heads of the attention that decides what the actions may know, in one scene under each of B
     instructions.
 
-    With latent queries it is theirs, in the trunk: the expert sees nothing but them. Without, it is the expert's own
-    cross-attention to the trunk's tokens, a mean over TIMES on the way from noise to the chunk that the policy samples.
+    With latent queries, or with conditioning on the policy's own words alone, it is theirs, in the trunk: the expert
+    sees nothing but them. Otherwise it is the expert's own cross-attention to the trunk's tokens, a mean over TIMES on
+    the way from noise to the chunk that the policy samples.
 
     Args:
         observation: of the one scene, as in `Policy.act`.
@@ -103,13 +104,17 @@ def gaze(
     """
     observation = repeat_scene(observation, len(tokens))
     packed = policy.pack(observation["images"], *policy.reason(observation["images"], tokens, token_mask), (branch,))
-    layout = packed.layout
-    if policy.queries is None:
+    layout, text = packed.layout, packed.layout[f"{branch}/text"]
+    if policy.config.conditioning == "tokens":
         weights = _action_gaze(policy, observation, tokens, token_mask, key)
-        return Gaze(_of_image(weights, policy), weights[..., layout[f"{branch}/text"]], weights[..., :0])
-    weights = trunk_attention(policy.trunk, packed).mean((0, 2))[:, layout[f"{branch}/query"]]
-    text, query = (weights[..., layout[f"{branch}/{kind}"]] for kind in ("text", "query"))
-    return Gaze(_of_image(weights, policy), text, query)
+    else:
+        weights = trunk_attention(policy.trunk, packed).mean((0, 2))
+    if policy.config.conditioning == "queries":
+        weights = weights[:, layout[f"{branch}/query"]]
+        return Gaze(_of_image(weights, policy), weights[..., text], weights[..., layout[f"{branch}/query"]])
+    if policy.config.conditioning == "reasoning":
+        weights = jnp.take_along_axis(weights, policy.said(packed.valid, text)[..., None], 1)
+    return Gaze(_of_image(weights, policy), weights[..., text], weights[..., :0])
 
 
 def _of_image(weights: Float[Array, "B R S"], policy: Policy) -> Float[Array, "B R T"]:

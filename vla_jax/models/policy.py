@@ -130,9 +130,7 @@ class Policy(Words):
         if config.conditioning == "queries" and config.queries < 1:
             raise UserError(f"conditioning = 'queries' needs at least one latent query, got queries = {config.queries}")
         if config.reasoning < (config.conditioning == "reasoning"):
-            raise UserError(
-                f"policy.reasoning is {config.reasoning}: 0 words or more, with conditioning = 'reasoning' 1"
-            )
+            raise UserError(f"policy.reasoning is {config.reasoning} with conditioning = {config.conditioning!r}")
         if len(config.brackets) not in (0, 2):
             raise UserError(f"policy.brackets must be two word ids or none, got {config.brackets}")
         D, dtype = config.trunk.width, config.dtype
@@ -256,6 +254,11 @@ class Policy(Words):
         packed = thinker.pack(images, tokens, token_mask, ("posterior",))
         return Instruction(*continued(thinker, packed, tokens, token_mask, self.config.reasoning))
 
+    def said(self, valid: Bool[Array, "B T"], text: slice) -> Int[Array, "B P"]:
+        """Where the P words of `reason` stand in a sequence, the last ones that count in its span of text."""
+        words = self.config.reasoning
+        return text.start + valid[:, text].sum(1, keepdims=True) - words + jnp.arange(words)
+
     def read(
         self,
         images: dict[str, Array],
@@ -300,9 +303,8 @@ class Policy(Words):
         if branch in ("action", "words"):
             return Reading(hidden[:, text], valid[:, text], predictors)
         if self.config.conditioning == "reasoning":
-            words = self.config.reasoning
-            place = valid[:, text].sum(1, keepdims=True) - words + jnp.arange(words)
-            return Reading(jnp.take_along_axis(hidden[:, text], place[..., None], 1), None, predictors)
+            said = self.said(valid, text)
+            return Reading(jnp.take_along_axis(hidden, said[..., None], 1), None, predictors)
         if self.queries is None:
             seen = slice(sum(span.length for span in self.prefix)), text
             hidden, valid = (jnp.concatenate([each[:, where] for where in seen], 1) for each in (hidden, valid))
