@@ -23,11 +23,8 @@ class KnownPolicy(nnx.Module):
 
     normalizer = SimpleNamespace(normalize_action=lambda action: action * 10)
 
-    def encode(self, images, tokens, token_mask, branches):
-        return {name: {"prior": PRIOR, "posterior": POSTERIOR}[name] for name in branches}
-
-    def condition(self, reading, state, dimensions=None):
-        return reading
+    def conditions(self, observation, tokens, token_mask, guidance=None):
+        return {"prior": PRIOR, "posterior": POSTERIOR}
 
     def field(self, condition):
         mean, deviation = condition
@@ -74,11 +71,8 @@ def test_the_right_guidance_is_found_without_a_test_scene():
 class TellingPolicy(KnownPolicy):
     """Told the word w, it acts around w / 2; the noise decides the rest."""
 
-    def encode(self, images, tokens, token_mask, branches):
-        return {"posterior": tokens[:, :1, None] / 2}
-
-    def condition(self, reading, state, dimensions=None):
-        return reading, 0.5
+    def conditions(self, observation, tokens, token_mask, guidance=None):
+        return {"posterior": (tokens[:, :1, None] / 2, 0.5)}
 
     def act(self, observation, tokens, token_mask, key):
         return (tokens[:, :1, None] / 2 + 0.5 * jax.random.normal(key, (1, CHUNK, WIDTH))) / 10

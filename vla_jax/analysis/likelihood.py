@@ -34,10 +34,10 @@ def action_log_likelihood(
             a guided flow is that of its own velocity field, which is a proper density for every w.
         steps: of the integrator.
     """
-    branches = ("posterior",) if guidance is None else ("prior", "posterior")
-    readings = policy.encode(batch["images"], batch["tokens"], batch["token_mask"], branches)
     dimensions = batch["action_mask"].any(1) if "action_mask" in batch else None
-    velocity = acting_field(policy, readings, batch["state"], guidance, dimensions)
+    observation = {"images": batch["images"], "state": batch["state"], "dimensions": dimensions}
+    conditions = policy.conditions(observation, batch["tokens"], batch["token_mask"], guidance)
+    velocity = acting_field(policy, conditions, guidance)
     chunks = present(policy.normalizer.normalize_action(batch["actions"]), dimensions)
     return log_density(velocity, chunks, dimensions, steps=steps)
 

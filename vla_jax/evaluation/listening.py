@@ -48,7 +48,8 @@ from vla_jax.flow.density import log_density, relative_log_likelihood
 from vla_jax.flow.solve import Field, identity, solve
 from vla_jax.flow.transforms import extrapolate
 from vla_jax.losses.information import likelihoods
-from vla_jax.models.policy import Policy, Reading
+from vla_jax.models.expert import Condition
+from vla_jax.models.policy import Policy
 
 SCENES = 100
 DRAWS = 16  # noise and time draws of each likelihood
@@ -181,30 +182,25 @@ def _ask_in_scene(policy: Policy, case: Candidates, key: PRNGKeyArray, guidance,
     draw_key, act_key = jax.random.split(key)
     estimate = log_density if exact else functools.partial(relative_log_likelihood, key=draw_key, draws=DRAWS)
 
-    def under(reading):
-        """The likelihood of every chunk under one instruction."""
-        return estimate(acting_field(policy, everywhere(reading), state, guidance), chunks)
+    conditions = {name: policy.condition(reading, state) for name, reading in readings.items()}
 
-    actions = jax.vmap(under, out_axes=1)(readings)
-    prior = estimate(policy.field(policy.condition(readings["prior"], state)), chunks) if has_prior else None
+    def under(conditions):
+        """The likelihood of every chunk under one instruction."""
+        return estimate(acting_field(policy, everywhere(conditions), guidance), chunks)
+
+    actions = jax.vmap(under, out_axes=1)(conditions)
+    prior = estimate(policy.field(conditions["prior"]), chunks) if has_prior else None
     spoken = jnp.where(case.token_mask, likelihoods(policy, readings["posterior"], case.tokens), 0.0).sum(-1)
     noise = everywhere(jax.random.normal(act_key, chunks.shape[1:]))
-    made = solve(acting_field(policy, readings, state, guidance), noise, steps=sampler_steps)
+    made = solve(acting_field(policy, conditions, guidance), noise, steps=sampler_steps)
     ends = policy.normalizer.denormalize_action(made)[..., :2].sum(1)
     return Answers(actions, prior, spoken, ends)
 
 
-def acting_field(
-    policy: Policy,
-    readings: dict[str, Reading],
-    state: Float[Array, "B F"],
-    guidance,
-    dimensions: Bool[Array, "B A"] | None = None,
-) -> Field:
+def acting_field(policy: Policy, conditions: dict[str, Condition], guidance) -> Field:
     """The velocity field by which a policy acts, as in `Policy.act`: that of the posterior branch or, with guidance w,
-    v_prior + w (v_post - v_prior). readings: of the branches that this takes. state, dimensions: see
-    `Policy.condition`."""
-    fields = {name: policy.field(policy.condition(reading, state, dimensions)) for name, reading in readings.items()}
+    v_prior + w (v_post - v_prior). conditions: by branch, those that this takes (`Policy.conditions`)."""
+    fields = {name: policy.field(condition) for name, condition in conditions.items()}
     transform = identity if guidance is None else extrapolate(fields["prior"], guidance)
     return lambda x, t: transform.update(x, fields["posterior"](x, t), t, ())[1]
 

@@ -1,5 +1,6 @@
 """A training run: its directory, its data, its policy, and the loop."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -92,12 +93,10 @@ def train(config: TrainConfig, workdir: str | Path, resume: bool = False, resume
         evaluated=meta.get("evaluated", 0),
         resume_command=resume_command or command_to_resume(),
     )
-    try:
+    with contextlib.ExitStack() as closing:  # each closes, whatever becomes of the others
+        for part in (checkpoints, writer, data):
+            closing.callback(part.close)
         loop.run()
-    finally:
-        data.close()
-        writer.close()
-        checkpoints.close()
     return run_dir
 
 
