@@ -22,7 +22,7 @@ from vla_jax.evaluation.evaluate import EvalConfig
 from vla_jax.evaluation.listening import Candidates, ask, make_candidates, measure, summarize
 from vla_jax.models.expert import ExpertConfig
 from vla_jax.models.keypoints import KeypointConfig
-from vla_jax.models.policy import Policy, PolicyConfig, Reading
+from vla_jax.models.policy import Instruction, Policy, PolicyConfig, Reading
 from vla_jax.models.trunk import TrunkConfig
 from vla_jax.training.checkpoints import policy_facts
 
@@ -69,6 +69,8 @@ class Known(nnx.Module):
         for name, value in {"means": means, "middle": middle, "logits": logits, "deviation": deviation}.items():
             setattr(self, name, nnx.Param(jnp.asarray(value, jnp.float32)))
         self.queries = queries
+
+    config = SimpleNamespace(reasoning=0)
 
     def encode(self, images, tokens, token_mask, branches):
         row = tokens[:, 0] - 1
@@ -122,6 +124,33 @@ def test_a_deaf_policy():
     assert measures["identification"] == pytest.approx(1 / TARGETS)
     assert measures["pmi"] == pytest.approx(0, abs=1e-4)
     assert measures["sensitivity"] == 0
+
+
+class Muttering(Known):
+    """Says the word that it was told to itself, and acts on what it was told, or on what it says."""
+
+    config = SimpleNamespace(reasoning=1)
+
+    def __init__(self, *arguments, heeds):
+        super().__init__(*arguments)
+        self.acts_on = -1 if heeds else 0
+
+    def reason(self, images, tokens, token_mask):
+        return Instruction(*(jnp.concatenate([part, part[:, :1]], 1) for part in (tokens, token_mask)))
+
+    def said(self, valid, text):
+        return jnp.full((len(valid), 1), text.stop - 1)
+
+    def read(self, images, tokens, token_mask, branches):
+        return super().encode(images, tokens[:, [self.acts_on]], token_mask, branches)
+
+
+@pytest.mark.parametrize("heeds", [True, False])
+def test_a_policy_that_talks_to_itself(heeds):
+    measures = found(Muttering(candidates().chunks, 0.02, heeds=heeds))
+    assert measures["sensitivity"] == pytest.approx(1, abs=1e-3)
+    assert measures["heeding"] == pytest.approx(float(heeds), abs=1e-3)
+    assert "heeding" not in found(Known(candidates().chunks, 0.02))
 
 
 def test_a_policy_that_takes_every_word_for_another():

@@ -18,6 +18,8 @@ under each instruction, how likely it finds each instruction, and what it would 
                        ordering [v, l]: the divergence from the true law of instructions, 0 for one that knows it.
     sensitivity        distance between the ends of the chunks that the policy makes under two instructions of a scene
                        from the same noise, over the distance between the two targets: 0 is deaf, about 1 follows.
+    heeding            the same where the instruction stays and what the policy says to itself (`Policy.reason`) is what
+                       it says under the other one: 0 does not act on its own words. Absent for a policy that says none.
 
 Axes: B scenes, N targets of a scene (its instructions and its chunks), L instruction length, C chunk length, A action
 width, F proprioception width.
@@ -25,7 +27,6 @@ width, F proprioception width.
 
 import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ from vla_jax.flow.solve import Field, identity, solve
 from vla_jax.flow.transforms import extrapolate
 from vla_jax.losses.information import likelihoods
 from vla_jax.models.expert import Condition
-from vla_jax.models.policy import Policy
+from vla_jax.models.policy import Instruction, Policy
 
 SCENES = 100
 DRAWS = 16  # noise and time draws of each likelihood
@@ -79,6 +80,7 @@ class Answers:
     prior: Float[Array, "B N"] | None  # of each chunk under the prior branch, to be compared with `actions`
     language: Float[Array, "B N"]  # of each instruction
     ends: Float[Array, "B N 2"]  # metres from the start to where a chunk made under each instruction leads
+    misled: Float[Array, "B N 2"] | None  # the same with the words that the policy says under the next instruction
 
 
 def measure(
@@ -178,7 +180,8 @@ def _ask_in_scene(policy: Policy, case: Candidates, key: PRNGKeyArray, guidance,
     state, chunks = everywhere(case.state), policy.normalizer.normalize_action(case.chunks)
     has_prior = policy.queries is not None
     branches = ("prior", "posterior") if has_prior or guidance is not None else ("posterior",)
-    readings = policy.encode(everywhere(case.images), case.tokens, case.token_mask, branches)
+    images = everywhere(case.images)
+    readings = policy.encode(images, case.tokens, case.token_mask, branches)
     draw_key, act_key = jax.random.split(key)
     estimate = log_density if exact else functools.partial(relative_log_likelihood, key=draw_key, draws=DRAWS)
 
@@ -192,9 +195,23 @@ def _ask_in_scene(policy: Policy, case: Candidates, key: PRNGKeyArray, guidance,
     prior = estimate(policy.field(conditions["prior"]), chunks) if has_prior else None
     spoken = jnp.where(case.token_mask, likelihoods(policy, readings["posterior"], case.tokens), 0.0).sum(-1)
     noise = everywhere(jax.random.normal(act_key, chunks.shape[1:]))
-    made = solve(acting_field(policy, conditions, guidance), noise, steps=sampler_steps)
-    ends = policy.normalizer.denormalize_action(made)[..., :2].sum(1)
-    return Answers(actions, prior, spoken, ends)
+
+    def ends(conditions):
+        made = solve(acting_field(policy, conditions, guidance), noise, steps=sampler_steps)
+        return policy.normalizer.denormalize_action(made)[..., :2].sum(1)
+
+    misled = None
+    if policy.config.reasoning:
+        other = _with_words_of_the_next(policy, policy.reason(images, case.tokens, case.token_mask))
+        readings = policy.read(images, *other, branches)
+        misled = ends({name: policy.condition(reading, state) for name, reading in readings.items()})
+    return Answers(actions, prior, spoken, ends(conditions), misled)
+
+
+def _with_words_of_the_next(policy: Policy, told: Instruction) -> Instruction:
+    """Instructions with what the policy said to itself, but each with what it said after the next one."""
+    row, place = jnp.arange(len(told.tokens))[:, None], policy.said(told.mask, slice(0, told.tokens.shape[1]))
+    return told._replace(tokens=told.tokens.at[row, place].set(jnp.roll(told.tokens[row, place], -1, 0)))
 
 
 def acting_field(policy: Policy, conditions: dict[str, Condition], guidance) -> Field:
@@ -221,6 +238,9 @@ def summarize(candidates: Candidates, answers: Answers) -> dict[str, float]:
         "calibration_gap": _expectation(law, np.asarray(candidates.log_probability) - answers.language),
         "sensitivity": _sensitivity(candidates, answers.ends),
     }
+    if answers.misled is not None:
+        moved = np.linalg.norm(answers.misled - answers.ends, axis=-1)
+        by_scene["heeding"] = (moved / _apart(candidates, np.roll(candidates.position, -1, 1))).mean(1)
     if answers.prior is not None:
         by_scene["pmi_prior"] = _expectation(law, true - answers.prior)
     measures = {}
@@ -235,13 +255,16 @@ def _expectation(law: Float[np.ndarray, "B N"], values: Float[np.ndarray, "B N"]
     return np.where(law > 0, law * np.where(law > 0, values, 0.0), 0.0).sum(1)
 
 
-def _sensitivity(candidates: Candidates, ends: Float[np.ndarray, "B N 2"]) -> Float[np.ndarray, "B"]:
-    """Mean over pairs of targets. No chunk leads further than its number of ticks at full speed."""
+def _apart(candidates: Candidates, other: Float[np.ndarray, "B N 2"]) -> Float[np.ndarray, "B N"]:
+    """Metres between the targets and other ones. No chunk leads further than its number of ticks at full speed."""
     reach = MAX_STEP * candidates.chunks.shape[2]
-    position = np.asarray(candidates.position)
-    ratios = [
-        np.linalg.norm(ends[:, i] - ends[:, j], axis=-1)
-        / np.minimum(np.linalg.norm(position[:, i] - position[:, j], axis=-1), reach)
-        for i, j in itertools.combinations(range(ends.shape[1]), 2)
-    ]
-    return np.mean(ratios, axis=0)
+    return np.minimum(np.linalg.norm(np.asarray(candidates.position) - other, axis=-1), reach)
+
+
+def _sensitivity(candidates: Candidates, ends: Float[np.ndarray, "B N 2"]) -> Float[np.ndarray, "B"]:
+    """Mean over pairs of targets."""
+    ratios = []
+    for steps in range(1, ends.shape[1]):  # every pair twice
+        moved = np.linalg.norm(ends - np.roll(ends, -steps, 1), axis=-1)
+        ratios.append(moved / _apart(candidates, np.roll(candidates.position, -steps, 1)))
+    return np.mean(ratios, axis=(0, 2))

@@ -182,13 +182,14 @@ def _listening(results: Sequence[CellResult]) -> list[str]:
     for coupling in dict.fromkeys(key[0] for key in rows):
         lines = [f"### Listening, {coupling}", ""]
         lines += [
-            "| arm | ρ | seeds | identification, % | PMI | of | calibration gap | sensitivity |",
-            "|---" * 8 + "|",
+            "| arm | ρ | seeds | identification, % | PMI | of | calibration gap | sensitivity | heeding |",
+            "|---" * 9 + "|",
         ]
         for arm, rho in dict.fromkeys(key[1:3] for key in rows if key[0] == coupling):
             have = {key[3]: row for key, row in rows.items() if key[:3] == (coupling, arm, rho)}
             cells = [_spread(have["identification"], 100, 1)]
-            cells += [_spread(have[name]) for name in ("pmi", "target_entropy", "calibration_gap", "sensitivity")]
+            names = ("pmi", "target_entropy", "calibration_gap", "sensitivity", "heeding")
+            cells += [_spread(have[name]) if name in have else "–" for name in names]
             lines.append(f"| {arm} | {rho:g} | {have['pmi']['seeds']} | {' | '.join(cells)} |")
         blocks.append("\n".join(lines))
     note = (
