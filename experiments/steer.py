@@ -2,7 +2,10 @@
 
 python -m experiments.steer --config=configs/steer.py --policy=RUN[,RUN2,…] --workdir=runs/steer
 
-With --noise=DSRL, a run of experiments.dsrl on the same policy, every arm starts from the noise that it has learned.
+With --pointer=RUN, a run whose language model can point (configs/grounding.py, or an arm with questions), {target} in
+a stored program is the place that it points at, told the picture and the instruction, not the simulator's mask of the
+commanded object. With --noise=DSRL, a run of experiments.dsrl on the same policy, every arm starts from the noise that
+it has learned.
 Every finished arm is kept in WORKDIR/results, so a run that stopped goes on where it stopped.
 """
 
@@ -16,6 +19,7 @@ from vla_jax import config as configuration
 from vla_jax.errors import UserError
 from vla_jax.files import write_atomically
 from vla_jax.platform import setup_compilation_cache
+from vla_jax.steering.pointing import Pointer
 from vla_jax.steering.report import make_rows, markdown
 from vla_jax.steering.steer import NoiseSource
 from vla_jax.steering.study import SteerStudy, SteerStudyConfig
@@ -70,20 +74,25 @@ class SteerRunConfig:
 def main(argv: Sequence[str]) -> None:
     """Runs every arm that has no result yet, and prints the tables; see the module's text."""
     arguments = configuration.parse_args(
-        argv, schema=SteerRunConfig, default_config="configs/steer.py", options=("policy", "noise")
+        argv, schema=SteerRunConfig, default_config="configs/steer.py", options=("policy", "noise", "pointer")
     )
     if arguments.workdir is None or not arguments.flags["policy"]:
         raise UserError("give the frozen policy by --policy=RUN and where results go by --workdir=DIR")
     setup_compilation_cache()
     config = configuration.resolve(SteerRunConfig, arguments.config)
     policies = [Path(name) for name in arguments.flags["policy"].split(",") if name]
-    run(config, policies, Path(arguments.workdir), arguments.flags["noise"])
+    run(config, policies, Path(arguments.workdir), arguments.flags["noise"], arguments.flags["pointer"])
 
 
 def run(
-    config: SteerRunConfig, policies: Sequence[Path], workdir: Path, noise: str | None = None
+    config: SteerRunConfig,
+    policies: Sequence[Path],
+    workdir: Path,
+    noise: str | None = None,
+    pointer: str | None = None,
 ) -> list[dict[str, Any]]:
-    """The rows of all shifts, arms and policies. noise: the run that learned from which noise to start.
+    """The rows of all shifts, arms and policies. noise: the run that learned from which noise to start. pointer: the
+    run that points.
 
     Raises:
         UserError: also for results in `workdir` that other settings made. What is finished is kept.
@@ -92,7 +101,7 @@ def run(
         raise UserError("two of the policies have the same directory name, by which results are told apart: rename one")
     results = []
     for path in policies:
-        results += _of_policy(config, path, workdir, noise)
+        results += _of_policy(config, path, workdir, {"noise": noise, "pointer": pointer})
         rows = make_rows(results)
         text = markdown(rows)
         write_atomically(
@@ -103,11 +112,15 @@ def run(
     return rows
 
 
-def _of_policy(config: SteerRunConfig, path: Path, workdir: Path, noise: str | None) -> list[dict[str, Any]]:
+def _of_policy(
+    config: SteerRunConfig, path: Path, workdir: Path, helpers: dict[str, str | None]
+) -> list[dict[str, Any]]:
+    """helpers: other runs, by what they do."""
     settings = dataclasses.asdict(config)
     for name in ("shifts", "arms"):
         del settings["study"][name]
-    settings = {**settings, "step": config.step or Checkpoints(path).steps[-1], **({"noise": noise} if noise else {})}
+    helpers = {name: run for name, run in helpers.items() if run}
+    settings = {**settings, "step": config.step or Checkpoints(path).steps[-1], **helpers}
     settings = json.loads(json.dumps(settings))
     study, results = None, []
     for shift in config.study.shifts:
@@ -123,8 +136,9 @@ def _of_policy(config: SteerRunConfig, path: Path, workdir: Path, noise: str | N
             if study is None:
                 policy, contract, _ = load_policy(path, config.step, config.ema)
                 writers = config.writer.make(workdir / "replies")
-                source = _learned(noise, path) if noise else None
-                study = SteerStudy(policy, contract, config.study, *writers, source)
+                source = _learned(helpers["noise"], path) if "noise" in helpers else None
+                pointer = Pointer(*load_policy(helpers["pointer"])[:2]) if "pointer" in helpers else None
+                study = SteerStudy(policy, contract, config.study, *writers, source, pointer)
             result = {"policy": name, **study.run(shift, arm), "settings": settings}
             write_atomically(file, json.dumps(result))
             results.append(result)

@@ -16,6 +16,7 @@ Axis legend: B questions, N object slots, R referents, L tokens, H x W picture.
 import dataclasses
 import functools
 import operator
+import re
 from typing import Any
 
 import grain
@@ -61,6 +62,12 @@ def place(pixel: Float[np.ndarray, "2"]) -> str:
     """The bin of a place in the picture, (column, row) from 0 to 1: "x12 y20"."""
     column, row = np.clip(np.asarray(pixel) * BINS, 0, BINS - 1).astype(int)
     return f"x{column} y{row}"
+
+
+def middle(answer: str) -> Float[np.ndarray, "2"]:
+    """The inverse of `place`: the middle of its bin, or not a number where the answer is no place."""
+    found = re.fullmatch(r"x(\d+) y(\d+)", answer)
+    return (np.array(found.groups(), float) + 0.5) / BINS if found else np.full(2, np.nan)
 
 
 @functools.cache

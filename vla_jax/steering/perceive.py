@@ -1,9 +1,10 @@
 """Keypoints of simulated scenes: masks and depth come from the ray caster, poses from the simulator.
 
 That is privileged, as in the released VLS, whose CALVIN and LIBERO adapters read segmentation and object poses from
-their simulators; `noise` says how far the poses are off.
+their simulators; `noise` says how far the poses are off. A place that a language model points at is not: it takes a
+picture, and the camera's depth.
 
-Axes: B scenes, K keypoints, N object slots, Z zones, M = N + Z bodies.
+Axes: B scenes, K keypoints, N object slots, Z zones, M = N + Z + 1 bodies, the last of which is the world.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from vla_jax.envs.camera import project
 from vla_jax.envs.env import EnvState, Tabletop
 from vla_jax.envs.language import object_phrase
+from vla_jax.envs.questions import BINS
 from vla_jax.envs.scene import NUM_SLOTS, NUM_ZONES, ZONES, Scene, take
 from vla_jax.envs.views import cameras_of, observe_pictures
 from vla_jax.steering.keypoints import (
@@ -32,12 +34,15 @@ from vla_jax.steering.keypoints import (
     propose,
 )
 
+WORLD = NUM_SLOTS + NUM_ZONES  # the body that stands still
+POINTED = "the place pointed at"  # label of its keypoint
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Attached:
-    """Keypoints fixed to bodies: body m < N is the object in slot m, N + z is zone z. Lists of fewer than K keypoints
-    are filled up with their last."""
+    """Keypoints fixed to bodies: body m < N is the object in slot m, N + z is zone z, N + Z the world. Lists of
+    fewer than K keypoints are filled up with their last."""
 
     body: Int[Array, "*B K"]
     local: Float[Array, "*B K 3"]  # metres, in the axes of the body
@@ -59,8 +64,12 @@ def perceive(
     features: Features = color_features,
     size: int = 128,
     seed: int = 0,
+    places: Float[np.ndarray, "B 2"] | None = None,
 ) -> list[Perceived]:
     """Looks at every scene from the front, `size` pixels wide.
+
+    places: of something in each front picture, (column, row) from 0 to 1, by whoever can point (`pointing.Pointer`); it
+    becomes one more keypoint, POINTED, that stands still. Not a number: none.
 
     Raises:
         UserError: a scene in which no object is seen.
@@ -77,9 +86,26 @@ def perceive(
         body = np.array([names[int(geom)][0] for geom in keypoints.masks], np.int32)
         offset = keypoints.position - origin[row, body]
         local = np.einsum("kij,ki->kj", rotation[row, body], offset).astype(np.float32)
+        if places is not None and np.isfinite(places[row]).all():
+            here = _highest_near(points, places[row])[None]
+            keypoints = Keypoints(
+                np.concatenate([keypoints.position, here]),
+                np.append(keypoints.masks, -1),
+                (*keypoints.labels, POINTED),
+            )
+            body, local = np.append(body, np.int32(WORLD)), np.concatenate([local, here])
         pixels, _ = project(own, jnp.asarray(keypoints.position), height=size, width=size)
         found.append(Perceived(keypoints, Attached(body, local), annotate(seen.rgb[row], np.asarray(pixels))))
     return found
+
+
+def _highest_near(points: Float[np.ndarray, "H W 3"], place: Float[np.ndarray, " 2"]) -> Float[np.ndarray, " 3"]:
+    """The highest of the points that are seen within half a cell of `envs.questions` of a place: things stand on a
+    table, and who points at one in cells may hit the table beside it."""
+    size = len(points)
+    corner, end = (np.clip(np.round(size * (place + side * 0.5 / BINS)).astype(int), 0, size) for side in (-1, 1))
+    window = points[corner[1] : max(end[1], corner[1] + 1), corner[0] : max(end[0], corner[0] + 1)].reshape(-1, 3)
+    return window[window[:, 2].argmax()].astype(np.float32)
 
 
 def join(found: list[Perceived]) -> Attached:
@@ -97,10 +123,10 @@ Frames = tuple[Float[Array, "*B M 3"], Float[Array, "*B M 3 3"]]
 
 
 def frames(state: EnvState) -> Frames:
-    """Of the objects, then of the zones."""
-    zone = jnp.pad(state.scene.zone_position, ((0, 0), (0, 0), (0, 1)))
-    still = jnp.broadcast_to(jnp.eye(3), (*zone.shape, 3))
-    origin = jnp.concatenate([state.bodies.object_position, zone], 1)
+    """Of the objects, then of the zones, then of the world."""
+    fixed = jnp.pad(state.scene.zone_position, ((0, 0), (0, 1), (0, 1)))
+    still = jnp.broadcast_to(jnp.eye(3), (*fixed.shape, 3))
+    origin = jnp.concatenate([state.bodies.object_position, fixed], 1)
     return origin, jnp.concatenate([state.bodies.object_rotation, still], 1)
 
 

@@ -17,14 +17,16 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from vla_jax.data.contract import Contract
-from vla_jax.envs.env import Tabletop
+from vla_jax.envs.env import EnvState, Tabletop
 from vla_jax.envs.scene import POST_SLOT
+from vla_jax.envs.views import observe_images
 from vla_jax.errors import UserError
 from vla_jax.evaluation.evaluate import EvalConfig, World
 from vla_jax.evaluation.results import make_columns
 from vla_jax.evaluation.rollout import Outcome, Trials, rollout_with_memory, take_rows
 from vla_jax.models.policy import Policy
-from vla_jax.steering.perceive import Perceived, Watched, body_label, disturb, join, perceive
+from vla_jax.steering.perceive import POINTED, Perceived, Watched, body_label, disturb, join, perceive
+from vla_jax.steering.pointing import Pointer
 from vla_jax.steering.program import Program, place, stack
 from vla_jax.steering.shifts import SHIFTS, make_shift
 from vla_jax.steering.steer import Arm, Decoder, Memory, NoiseSource, SteerConfig, act, remember_nothing
@@ -123,9 +125,12 @@ class SteerStudy:
             is asked with the instruction, the keypoints and the numbered picture.
         switch_writer: a model that decides about stages; None leaves it to the deterministic switcher.
         source: chooses the noise from which every arm's first particle starts (see `steer.act`).
+        pointer: a model that points at what the instruction is about. TARGET is then the place pointed at when the
+            episode begins, not the mask of the commanded object. It knows no other target than the commanded one.
 
     Raises:
-        UserError: the contract's actions do not move an end effector, or its data are not from the simulated table.
+        UserError: the contract's actions do not move an end effector, or its data are not from the simulated table; an
+            arm with another target, and a pointer.
     """
 
     def __init__(
@@ -136,11 +141,15 @@ class SteerStudy:
         writer: Writer,
         switch_writer: Writer | None = None,
         source: NoiseSource | None = None,
+        pointer: Pointer | None = None,
     ):
+        if pointer and "wrong_target" in config.arms:
+            raise UserError("a pointer points at the commanded object alone: leave the arm 'wrong_target' out")
         self.decoder = Decoder.of(contract)
         self.policy, self.contract, self.config = policy, contract, config
         self.world = World.of(contract, EvalConfig(engine=config.engine))
         self._writer, self._switch_writer, self._source = writer, switch_writer, source
+        self._pointer = pointer
         self._graph, self._weights = nnx.split(policy)
         self._tables: dict[bool, Tabletop] = {}
         self._reset = jax.jit(Tabletop.reset, static_argnums=0)
@@ -163,7 +172,9 @@ class SteerStudy:
         trials, found = jax.device_get(trials), []
         for rows, count in batches(config.scenes, config.batch):
             some = take_rows(trials, rows)
-            found += perceive(table, self._reset(table, some.scene, some.command, some.cue))[:count]
+            state = self._reset(table, some.scene, some.command, some.cue)
+            places = self._point(table, state, [cases.text[row] for row in rows]) if self._pointer else None
+            found += perceive(table, state, places=places)[:count]
         other = wrong_targets(trials)
         target = self._write(trials, cases.text, found, np.asarray(trials.command.target))
         if not any(target.programs):
@@ -171,6 +182,11 @@ class SteerStudy:
         wrong = self._write(trials, cases.text, found, other) if "wrong_target" in config.arms else target
         self._prepared[shift] = Prepared(trials, list(cases.text), found, other, target, wrong)
         return self._prepared[shift]
+
+    def _point(self, table: Tabletop, state: EnvState, texts: list[str]) -> Float[np.ndarray, "B 2"]:
+        """Where the pointer sees what each instruction is about."""
+        look = jax.jit(observe_images, static_argnums=(0, 3))
+        return self._pointer(look(table.model, state.bodies, state.scene, self._pointer.image_size), texts)
 
     def _table(self, shift: str) -> Tabletop:
         """The same one for the same kind of table: what is compiled for it is compiled once."""
@@ -187,8 +203,9 @@ class SteerStudy:
             points = one.keypoints
             view = View(points.position, points.position)
             reply = self._writer(Request(make_prompt(text, points.labels, view), one.picture))
-            for mark, slot in ((TARGET, int(slots[row])), (OBSTACLE, POST_SLOT)):
-                reply = reply.replace(mark, body_label(take_rows(trials.scene, row), slot))
+            scene = take_rows(trials.scene, row)
+            reply = reply.replace(TARGET, POINTED if self._pointer else body_label(scene, int(slots[row])))
+            reply = reply.replace(OBSTACLE, body_label(scene, POST_SLOT))
             try:
                 programs.append(read_program(reply, points.labels, view))
                 failures.append("")
