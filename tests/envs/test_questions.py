@@ -63,6 +63,13 @@ def test_the_whole_table_is_described_from_left_to_right():
     assert all_answers("describe") == {("describe", "a red cube a green ball and a blue cylinder")}
 
 
+def test_the_middle_of_a_place_is_that_place():
+    for pixel in np.random.default_rng(0).random((50, 2)):
+        assert questions.place(questions.middle(questions.place(pixel))) == questions.place(pixel)
+        assert np.abs(questions.middle(questions.place(pixel)) - pixel).max() <= 0.5 / BINS + 1e-9
+    assert np.isnan(questions.middle("a red cube")).all() and np.isnan(questions.middle("y3 x4")).all()
+
+
 def test_places_and_names_answer_each_other():
     where, what = all_answers("where"), all_answers("what")
     places = {"the red cube": "x6 y22", "the green ball": "x16 y19", "the blue cylinder": "x31 y0"}

@@ -11,6 +11,7 @@ from vla_jax.envs.bias import BiasConfig
 from vla_jax.envs.camera import Camera, project
 from vla_jax.envs.env import EnvConfig, Tabletop
 from vla_jax.envs.splits import make_cases
+from vla_jax.envs.views import cameras_of
 from vla_jax.errors import UserError
 from vla_jax.steering.keypoints import (
     KeypointConfig,
@@ -22,7 +23,7 @@ from vla_jax.steering.keypoints import (
     propose,
     resize,
 )
-from vla_jax.steering.perceive import Attached, body_label, disturb, frames, join, perceive, track
+from vla_jax.steering.perceive import POINTED, Attached, body_label, disturb, frames, join, perceive, track
 
 
 def test_clusters_that_stand_apart_are_found():
@@ -138,6 +139,24 @@ def test_keypoints_ride_on_their_objects(table):
     pick = jax.vmap(lambda leaf, index: leaf[index])
     centre = pick(bodies.object_position, attached.body)
     np.testing.assert_allclose(after, centre + (before - centre) @ turn.T + jnp.array([0.1, 0, 0]), atol=1e-5)
+
+
+def test_what_is_pointed_at_becomes_a_keypoint_that_stands_still(table):
+    state, found = table
+    env = Tabletop(EnvConfig(task="reach", image_size=32))
+    cameras = jax.tree.map(lambda leaf: leaf[:, 0], cameras_of(env.model, state.bodies, state.scene))
+    places = np.asarray(
+        jax.vmap(lambda c, p: project(c, p, height=1, width=1)[0])(cameras, state.bodies.object_position)
+    )
+    pointed = perceive(env, state, size=80, places=np.stack([places[0, 1], [np.nan, np.nan]]))
+    assert pointed[0].keypoints.labels == (*found[0].keypoints.labels, POINTED)
+    assert pointed[1].keypoints.labels == found[1].keypoints.labels, "nobody pointed here"
+    gap = pointed[0].keypoints.position[-1] - np.asarray(state.bodies.object_position)[0, 1]
+    assert np.linalg.norm(gap) < 0.04 and gap[2] > 0, "on top of the object"
+    moved = dataclasses.replace(state.bodies, object_position=state.bodies.object_position + 1.0)
+    after = track(join(pointed), frames(dataclasses.replace(state, bodies=moved)))
+    np.testing.assert_allclose(after[0, len(found[0].keypoints.labels)], pointed[0].keypoints.position[-1], atol=1e-6)
+    np.testing.assert_allclose(after[0, 0], pointed[0].keypoints.position[0] + 1.0, atol=1e-5)
 
 
 def test_pose_noise_has_its_size():
