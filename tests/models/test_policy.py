@@ -400,7 +400,7 @@ def test_units_are_inverted_exactly():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(conditioning="everything"), "'queries' or 'tokens'"),
+        (dict(conditioning="everything"), "one of queries, tokens, reasoning"),
         (dict(encoder="vitt"), "one of vit, keypoints, qwen3_vl, got 'vitt'"),
         (dict(encoder="keypoints", keypoints=KeypointConfig(patch=5)), "16 is not a multiple of keypoints.patch = 5"),
         (dict(queries=0), "at least one latent query"),
