@@ -25,7 +25,9 @@ can get stuck before the post, where the way left and the way right are equally 
 Of a pointer, which came later, expected before its first run, with a policy that follows 32 % of swapped instructions
 (the study's `baseline`, rho = .1) and its own stage 0, which points within one cell in 87 % of in-distribution and 74 %
 of swapped instructions: the gradient reaches 65 % on swapped instructions and 5 points less than the policy alone in
-distribution, where it follows the pointer to a wrong object.
+distribution, where it follows the pointer to a wrong object. Of a pointer that learned for 12 000 steps more and points
+within one cell in 87 %, after that: within 2 points in distribution, and with repulsion and selection among 16 particles,
+the best of 6 settings on 100 scenes of seed 1000, 3 points more than one particle on either split.
 
 Other settings: `vla_jax.steering.study.SteerStudyConfig`, as --config.study.scenes=100.
 """
