@@ -26,7 +26,7 @@ Of a pointer, which came later, expected before its first run, with a policy tha
 (the study's `baseline`, rho = .1) and its own stage 0, which points within one cell in 87 % of in-distribution and 74 %
 of swapped instructions: the gradient reaches 65 % on swapped instructions and 5 points less than the policy alone in
 distribution, where it follows the pointer to a wrong object. Of a pointer that learned for 12 000 steps more and points
-within one cell in 87 %, after that: within 2 points in distribution, and with repulsion and selection among 16 particles,
+within one cell in 87 %, after that: within 2 points in distribution; with repulsion and selection among 16 particles,
 the best of 6 settings on 100 scenes of seed 1000, 3 points more than one particle on either split.
 
 Other settings: `vla_jax.steering.study.SteerStudyConfig`, as --config.study.scenes=100.
@@ -34,13 +34,23 @@ Other settings: `vla_jax.steering.study.SteerStudyConfig`, as --config.study.sce
 
 from ml_collections import ConfigDict
 
+from vla_jax.config import nearest
+from vla_jax.errors import UserError
 
-def get_config(arg: str = "") -> ConfigDict:
-    """Settings of experiments.steer. arg: "composed" chains prior/posterior extrapolation and real-time chunking
-    before the steering, for policies with latent queries."""
+KINDS = ("composed", "pointing")
+
+
+def get_config(kind: str = "") -> ConfigDict:
+    """Settings of experiments.steer. kind: "composed" chains prior/posterior extrapolation and real-time chunking
+    before the steering, for policies with latent queries; "pointing" is what `--pointer=RUN` is for."""
     config = ConfigDict({"writer": {"kind": "stored", "path": "configs/steering/reach.json"}, "study": {"steer": {}}})
-    if arg == "composed":
+    if kind not in ("", *KINDS):
+        raise UserError(f"unknown kind '{kind}'{nearest(kind, list(KINDS))}")
+    if kind == "composed":
         config.study.execute = 2  # some of a chunk must be left to continue
         config.study.arms = ("base", "gradient", "full")
         config.study.steer = {"extrapolate": 2.0, "continued": True}
+    if kind == "pointing":
+        config.study.shifts = ("in_distribution", "swapped")
+        config.study.arms = ("base", "gradient")
     return config

@@ -48,6 +48,13 @@ def test_configs_resolve(name, schema):
 def test_the_composed_config_chains_transforms_before_the_steering():
     config = resolve(SteerRunConfig, importlib.import_module("configs.steer").get_config("composed"))
     assert config.study.steer.extrapolate == 2.0 and config.study.steer.continued
+    with pytest.raises(UserError, match="unknown kind 'pointng'.*pointing"):
+        importlib.import_module("configs.steer").get_config("pointng")
+
+
+def test_the_pointing_config_asks_for_nothing_that_a_pointer_does_not_know():
+    config = resolve(SteerRunConfig, importlib.import_module("configs.steer").get_config("pointing"))
+    assert "wrong_target" not in config.study.arms and "in_distribution" in config.study.shifts
 
 
 @pytest.mark.parametrize("arm", ARMS)
