@@ -52,5 +52,5 @@ def get_config(kind: str = "") -> ConfigDict:
         config.study.steer = {"extrapolate": 2.0, "continued": True}
     if kind == "pointing":
         config.study.shifts = ("in_distribution", "swapped")
-        config.study.arms = ("base", "gradient")
+        config.study.arms = ("base", "best_of_n", "gradient", "gradient_repel")
     return config
