@@ -137,7 +137,7 @@ def _of_policy(
                 policy, contract, _ = load_policy(path, config.step, config.ema)
                 writers = config.writer.make(workdir / "replies")
                 source = _learned(helpers["noise"], path) if "noise" in helpers else None
-                pointer = Pointer(*load_policy(helpers["pointer"])[:2]) if "pointer" in helpers else None
+                pointer = _pointer(helpers["pointer"]) if "pointer" in helpers else None
                 study = SteerStudy(policy, contract, config.study, *writers, source, pointer)
             result = {"policy": name, **study.run(shift, arm), "settings": settings}
             write_atomically(file, json.dumps(result))
@@ -145,6 +145,14 @@ def _of_policy(
             successes = sum(result["success"])
             print(f"{name} {shift} {arm}: {successes}/{len(result['success'])}, {result['seconds']:.0f} s", flush=True)
     return results
+
+
+def _pointer(run: str) -> Pointer:
+    """Who points. Raises UserError for a run that learned no answers."""
+    policy, contract, trained = load_policy(run)
+    if not trained.questions.batch_size:
+        raise UserError(f"{run} learned no questions, so it cannot point: give a run of configs/grounding.py")
+    return Pointer(policy, contract)
 
 
 def _learned(noise: str, path: Path) -> NoiseSource:

@@ -296,6 +296,8 @@ def test_steering_arms_are_kept_and_compared(runs, tmp_path, monkeypatch, capsys
     assert len(kept["success"]) == len(kept["at_other"]) == 3
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == rows
     assert "| full | " in (tmp_path / "results.md").read_text() and "full swapped full: " in capsys.readouterr().out
+    with pytest.raises(UserError, match="learned no questions, so it cannot point"):
+        steer(config, [runs[1]], tmp_path / "pointed", pointer=str(runs[1]))
     monkeypatch.delattr("experiments.steer.SteerStudy")
     assert steer(config, [runs[1]], tmp_path) == rows, "what is finished is not run again"
     other = dataclasses.replace(config, study=dataclasses.replace(config.study, guide=1.0))
