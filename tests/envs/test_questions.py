@@ -63,6 +63,15 @@ def test_the_whole_table_is_described_from_left_to_right():
     assert all_answers("describe") == {("describe", "a red cube a green ball and a blue cylinder")}
 
 
+def test_the_views_that_are_shown_look_as_they_do_beside_others(questioner):
+    arguments = EnvConfig(image_size=16), BiasConfig("uniqueness", 0.1), SceneConfig(3), 0, False
+    alone = Questioner(Words, *arguments, views=("wrist",))(3, np.arange(4))["images"]
+    both = questioner(3, np.arange(4))["images"]
+    assert set(alone) == {"wrist"} and set(both) == {"front", "wrist"}
+    np.testing.assert_array_equal(alone["wrist"], both["wrist"])
+    assert (both["front"] != both["wrist"]).any()
+
+
 def test_the_middle_of_a_place_is_that_place():
     for pixel in np.random.default_rng(0).random((50, 2)):
         assert questions.place(questions.middle(questions.place(pixel))) == questions.place(pixel)

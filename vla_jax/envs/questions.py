@@ -223,8 +223,8 @@ def _draw(
     cameras = cameras_of(env.model, state.bodies, scene)
     front = jax.tree.map(lambda leaf: leaf[:, VIEWS.index("front")], cameras)
     pixels, _ = jax.vmap(functools.partial(project, height=1, width=1))(front, state.bodies.object_position)
-    images = observe_images(env.model, state.bodies, scene, config.image_size)
-    return {view: images[view] for view in views}, pixels, scene, language.fitting_referents(scene)
+    images = observe_images(env.model, state.bodies, scene, config.image_size, views)
+    return images, pixels, scene, language.fitting_referents(scene)
 
 
 class QuestionStream:

@@ -123,26 +123,27 @@ def light_of(scene: Scene) -> Light:
 
 
 def observe_pictures(
-    model: mujoco.MjModel, bodies: Bodies, scene: Scene, image_size: int, supersample: int = 1
+    model: mujoco.MjModel,
+    bodies: Bodies,
+    scene: Scene,
+    image_size: int,
+    supersample: int = 1,
+    views: tuple[str, ...] = VIEWS,
 ) -> dict[str, Picture]:
-    """What each camera sees, with depth and segmentation (numbers of the model's geoms); leaves [B, H, W, ...].
-
-    Each view is drawn by itself, so that a compiled program that does not use one does not draw it.
-    """
+    """What some cameras see, with depth and segmentation (numbers of the model's geoms); leaves [B, H, W, ...]."""
     geoms, cameras, light = geoms_of(model, bodies, scene), cameras_of(model, bodies, scene), light_of(scene)
-    size = dict(height=image_size, width=image_size, supersample=supersample)
-    pictures = {}
-    for number, name in enumerate(VIEWS):
-        camera = jax.tree.map(lambda leaf, number=number: leaf[:, number : number + 1], cameras)
-        pictures[name] = jax.tree.map(lambda leaf: leaf[:, 0], render_batch(geoms, camera, light, **size))
-    return pictures
+    chosen = np.array([VIEWS.index(name) for name in views])
+    cameras = jax.tree.map(lambda leaf: leaf[:, chosen], cameras)
+    pictures = render_batch(geoms, cameras, light, height=image_size, width=image_size, supersample=supersample)
+    return {name: jax.tree.map(lambda leaf, v=v: leaf[:, v], pictures) for v, name in enumerate(views)}
 
 
 def observe_images(
-    model: mujoco.MjModel, bodies: Bodies, scene: Scene, image_size: int
+    model: mujoco.MjModel, bodies: Bodies, scene: Scene, image_size: int, views: tuple[str, ...] = VIEWS
 ) -> dict[str, UInt8[Array, "B H W 3"]]:
-    """What each camera sees, colours only."""
-    return {name: picture.rgb for name, picture in observe_pictures(model, bodies, scene, image_size).items()}
+    """What some cameras see, colours only."""
+    pictures = observe_pictures(model, bodies, scene, image_size, views=views)
+    return {name: picture.rgb for name, picture in pictures.items()}
 
 
 def _matmul(a, b):
