@@ -16,7 +16,7 @@ def _loss(prior_weight: float, llr_weight: float, **more) -> dict:
     return {"loss": {"prior_weight": prior_weight, "llr_weight": llr_weight, **more}}
 
 
-_QUESTIONS = {"questions": {"batch_size": 32}}
+_COTRAINED = {"questions": {"batch_size": 32}, **_loss(0.0, 0.0, question_weight=0.2)}
 
 # An arm is its difference to the defaults. Weights are the paper's: lambda 0.3, beta 0.1.
 ARMS = {
@@ -47,27 +47,24 @@ ARMS = {
     # the same with all-token conditioning: are the queries needed?
     "balanced_tokens": {"policy": {"conditioning": "tokens"}, "data": {"balance": 1.0}, **_loss(0.0, 0.0)},
     # the language model goes on answering questions about the table while it learns to act (envs/questions.py)
-    "cotrained": {"policy": {"conditioning": "tokens"}, **_QUESTIONS, **_loss(0.0, 0.0, question_weight=0.2)},
+    "cotrained": {"policy": {"conditioning": "tokens"}, **_COTRAINED},
     # and says where the object is ("x12 y20") after each instruction, before it acts on both: 2 words
     "pointing": {
         "policy": {"conditioning": "tokens", "reasoning": PLACE_WORDS},
-        **_QUESTIONS,
-        **_loss(0.0, 0.0, question_weight=0.2),
+        **_COTRAINED,
     },
     # the same through latent queries
-    "pointing_queries": {"policy": {"reasoning": PLACE_WORDS}, **_QUESTIONS, **_loss(0.0, 0.0, question_weight=0.2)},
+    "pointing_queries": {"policy": {"reasoning": PLACE_WORDS}, **_COTRAINED},
     # the actions are conditioned on the two words alone
     "pointing_only": {
         "policy": {"conditioning": "reasoning", "reasoning": PLACE_WORDS},
-        **_QUESTIONS,
-        **_loss(0.0, 0.0, question_weight=0.2),
+        **_COTRAINED,
     },
     # questions and balanced draws
     "balanced_cotrained": {
         "policy": {"conditioning": "tokens"},
         "data": {"balance": 1.0},
-        **_QUESTIONS,
-        **_loss(0.0, 0.0, question_weight=0.2),
+        **_COTRAINED,
     },
     # beyond the paper: the action's preference for its own instruction over a swapped one (losses/contrastive.py)
     "contrastive": _loss(0.0, 0.0, contrastive_weight=0.1),

@@ -15,8 +15,8 @@ follow 20 points more than their counterparts at rho = .1, and aim less well. Be
 queries (8), lambda (.3) or beta (.1) ran: none differs from `bayesianvla` by more than its seeds do.
 Before `much_contrast` ran, knowing that `contrastive` (.1) follows 37.5 % of swapped instructions at rho = .1: 10
 points more than that, and less than 2 lost in distribution.
-(The word embeddings of the first `slow` and `frozen` cells learned at full rate, by a mistake in the pattern; these
-cells ran again.)
+(The word embeddings of the first `slow` and `frozen` cells learned at full rate, by a mistake in the pattern; of these
+`frozen` alone ran again.)
 Before `pointing` and `pointing_queries` ran, knowing that a co-trained language model points within one of 32 cells of
 the named object in 82 % of held-out questions, and that `cotrained` follows 37.0 % of swapped instructions at rho = .1:
 65 % on swapped instructions, within 2 points of the baseline in distribution. Before `slow_pointing` and
@@ -40,10 +40,8 @@ UNBIASED = "unbiased"  # latent queries on demonstrations without a shortcut
 SCRATCH = ("scratch", "scratch_bayesianvla")  # the baseline and the paper's method without stage 0
 # The language model learns more slowly than the rest: ten times, as in the released code of BayesianVLA, or not at all.
 SLOW, FROZEN = ({"optimizer.scales": ((f"^({'|'.join(LANGUAGE_MODEL)})(/|$)", scale),)} for scale in (0.1, 0.0))
-SILENT = {
-    "questions.batch_size": 0,
-    "loss.question_weight": 0.0,
-}  # no questions: a frozen model learns nothing from them
+# No questions: a frozen model learns nothing from them.
+SILENT = {"questions.batch_size": 0, "loss.question_weight": 0.0}
 # Arms beyond those of configs/train.py: the arm they differ from, and in what. They run when they are named.
 VARIANTS = {
     "slow_baseline": ("baseline", SLOW),

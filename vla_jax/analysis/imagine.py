@@ -28,6 +28,7 @@ from vla_jax.errors import UserError
 from vla_jax.evaluation.evaluate import EvalConfig, World
 from vla_jax.evaluation.rollout import Outcome, Recording, Trials, concatenate, in_batches, make_rollout, take_rows
 from vla_jax.models.policy import Policy
+from vla_jax.models.reasoning import reasoned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,14 +185,9 @@ def with_reasoning(policy: Policy, contract: Contract, start: Start, texts: Sequ
     """
     tokens, mask = contract.encode(texts)
     images = {view: np.repeat(image, len(texts), 0) for view, image in start.observation["images"].items()}
-    tokens, mask = jax.device_get(_reason(*nnx.split(policy), images, tokens, mask))
+    tokens, mask = jax.device_get(reasoned(*nnx.split(policy), images, tokens, mask))
     tokenizer = tokenizers.from_json(contract.tokenizer)
     return [tokenizer.decode(row[there]) for row, there in zip(tokens, mask, strict=True)]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _reason(graphdef, weights, images, tokens, mask):
-    return nnx.merge(graphdef, weights).reason(images, tokens, mask)
 
 
 def guidances(policy: Policy, weight: float) -> dict[str, float | None]:

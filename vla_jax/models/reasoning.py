@@ -5,8 +5,11 @@ Axes: B batch, T sequence length, L instruction length, P words said.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Bool, Int
 
 from vla_jax.models.generate import Opening, generate
@@ -34,3 +37,9 @@ def continued(
     row, place = jnp.arange(len(tokens))[:, None], mask.sum(1, keepdims=True) + jnp.arange(words)
     room = ((0, 0), (0, words))
     return jnp.pad(tokens, room).at[row, place].set(said), jnp.pad(mask, room).at[row, place].set(True)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def reasoned(graphdef: nnx.GraphDef, weights: nnx.State, images: dict[str, jax.Array], tokens, mask):
+    """`Policy.reason`, compiled once for all policies of one architecture."""
+    return nnx.merge(graphdef, weights).reason(images, tokens, mask)

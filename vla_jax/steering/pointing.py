@@ -8,7 +8,6 @@ Axes: B scenes, H x W picture, L instruction length.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -21,6 +20,7 @@ from vla_jax.data.contract import Contract
 from vla_jax.envs.questions import PLACE_WORDS, middle, place
 from vla_jax.errors import UserError
 from vla_jax.models.policy import Policy
+from vla_jax.models.reasoning import reasoned
 
 
 class Pointer:
@@ -46,11 +46,6 @@ class Pointer:
     ) -> Float[np.ndarray, "B 2"]:
         """(column, row) in the front picture, from 0 to 1; not a number where the answer is no place."""
         tokens, mask = self._contract.encode(texts)
-        said, said_mask = jax.device_get(_continue(self._graph, self._weights, images, tokens, mask))
+        said, said_mask = jax.device_get(reasoned(self._graph, self._weights, images, tokens, mask))
         own = said_mask.sum(1, keepdims=True) - PLACE_WORDS + np.arange(PLACE_WORDS)
         return np.stack([middle(self._tokenizer.decode(row)) for row in np.take_along_axis(said, own, 1)])
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _continue(graphdef, weights, images, tokens, mask):
-    return nnx.merge(graphdef, weights).reason(images, tokens, mask)

@@ -153,6 +153,7 @@ class SteerStudy:
         self._graph, self._weights = nnx.split(policy)
         self._tables: dict[bool, Tabletop] = {}
         self._reset = jax.jit(Tabletop.reset, static_argnums=0)
+        self._look = jax.jit(observe_images, static_argnums=(0, 3))
         self._prepared: dict[str, Prepared] = {}
         self._runners: dict[tuple, Callable] = {}
 
@@ -185,8 +186,7 @@ class SteerStudy:
 
     def _point(self, table: Tabletop, state: EnvState, texts: list[str]) -> Float[np.ndarray, "B 2"]:
         """Where the pointer sees what each instruction is about."""
-        look = jax.jit(observe_images, static_argnums=(0, 3))
-        return self._pointer(look(table.model, state.bodies, state.scene, self._pointer.image_size), texts)
+        return self._pointer(self._look(table.model, state.bodies, state.scene, self._pointer.image_size), texts)
 
     def _table(self, shift: str) -> Tabletop:
         """The same one for the same kind of table: what is compiled for it is compiled once."""
