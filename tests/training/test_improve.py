@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import json
+import os
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,8 @@ from vla_jax.rl.agent import AgentConfig
 from vla_jax.rl.collect import Collector
 from vla_jax.rl.loop import LoopConfig
 from vla_jax.training.checkpoints import Checkpoints
-from vla_jax.training.improve import ImproveConfig, improve, load_improved
+from vla_jax.training.improve import ImproveConfig, Run, improve, load_improved
+from vla_jax.training.loop import Stopped
 from vla_jax.training.metrics import read_metrics
 
 
@@ -134,8 +137,18 @@ def test_a_finished_run_loads_as_the_policy_that_it_became(finished, world):
     assert improved.noise(condition, jax.random.key(0)).shape == (2, 2, 5)
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(finished, settings, tmp_path):
-    improve(dataclasses.replace(settings, steps=32), tmp_path / "run")
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(finished, settings, tmp_path, monkeypatch):
+    log = Run._log
+
+    def interrupted(run, *arguments):
+        log(run, *arguments)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    stopped = pytest.raises(Stopped, match="saved control step 16 of 64; go on with: ")
+    with monkeypatch.context() as patch, stopped as stop:
+        patch.setattr(Run, "_log", interrupted)
+        improve(settings, tmp_path / "run")
+    assert stop.value.status == 130
     improve(settings, tmp_path / "run", resume=True)
     ours, whole = arrays(tmp_path / "run" / "seed0"), arrays(finished / "seed0")
     jax.tree.map(np.testing.assert_array_equal, ours["run"], whole["run"])

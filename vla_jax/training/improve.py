@@ -254,7 +254,8 @@ class Run:
                     self._save(state, checkpoints)
             checkpoints.wait()
             if stop.requested and self._steps < self._last:
-                raise Stopped(f"saved control step {self._steps} of {self._last}; go on with: {command_to_resume()}")
+                saved = f"saved control step {self._steps} of {self._last}; go on with: {command_to_resume()}"
+                raise Stopped(saved, stop.status)
         return state
 
     def _due(self, every: int) -> bool:
