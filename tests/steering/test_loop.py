@@ -74,6 +74,12 @@ def test_a_rise_or_the_gripper_advances_the_stage():
     stage_two = float(TWO.reward(VIEW, jnp.stack([at(0.05)] * 2), 1))
     assert np.isclose(float(states[1].base), stage_two) and float(states[1].progress) == 0.0
     assert [int(s.stage) for s in walk(TWO, [0.2, 0.2, 0.2], closed=[False, True, True])] == [0, 1, 1]
+    for until, stages in (("reward", [0, 0, 0, 1]), ("gripper", [0, 0, 1, 1]), ("either", [0, 0, 1, 1])):
+        held = dataclasses.replace(TWO, stages=(dataclasses.replace(TWO.stages[0], until=until), TWO.stages[1]))
+        found = walk(held, [0.2, 0.2, 0.2, 0.05], closed=[False, False, True, True])
+        assert [int(s.stage) for s in found] == stages
+        far, near = walk(held, [0.2, 0.05])
+        assert (int(near.stage), int(near.calls)) == (int(until != "gripper"),) * 2
     with pytest.raises(UserError, match="0 < low < high"):
         LoopConfig(low=0.98)
     with pytest.raises(UserError, match="achieved, predicted"):

@@ -77,6 +77,7 @@ def test_stages_and_names():
                 {"name": "reach", "terms": [{"term": "distance", "keypoint": "plate", "weight": 2}]},
                 {
                     "name": "rise",
+                    "until": "gripper",
                     "terms": [{"term": "height", "height": 0.2}, {"term": "backtrack", "axis": [0, 0, 1]}],
                 },
             ]
@@ -87,6 +88,7 @@ def test_stages_and_names():
     for stage, part in enumerate(found.stages):
         expected = sum(float(term(VIEW, PATH)) for term in part.terms)
         assert np.isclose(float(found.reward(VIEW, PATH, jnp.int32(stage))), expected)
+    assert [part.until for part in found.stages] == ["either", "gripper"]
     again = parse(found.to_json(), LABELS)
     jax.tree.map(np.testing.assert_array_equal, found, again)
 
@@ -105,6 +107,7 @@ def test_programs_of_one_structure_are_stacked():
         ("Here is your program!", "not JSON .*Here is your program"),
         ('{"stages": []}', "1 to 8 stages"),
         ('{"steps": []}', "lacks 'stages'"),
+        ('{"stages": [{"name": "a", "terms": [{"term": "height", "height": 1}], "until": "dawn"}]}', "got 'dawn'"),
         ('{"stages": [{"name": "a", "terms": [{"term": "distanse"}]}]}', "stage 1 .'a'., term 1 .*mean 'distance'"),
         (program("distance", keypoint=3), "'distance'.: keypoint is 3, but there are 3 keypoints"),
         (program("distance", keypoint=-1), "keypoint is -1"),

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vla_jax.errors import UserError
+from vla_jax.steering import program as programs
 from vla_jax.steering.program import Program
 from vla_jax.steering.terms import View
 
@@ -115,7 +116,8 @@ def look(
     closed: Bool[Array, ""],
     switcher: Switcher = deterministic,
 ) -> LoopState:
-    """Before a chunk is sampled: measures progress, looks for a trigger, and asks the switcher when there is one.
+    """Before a chunk is sampled: measures progress, looks for a trigger, and asks the switcher when there is one. What
+    does not end the present stage triggers nothing.
 
     tcp: where the end effector is (metres). closed: what the gripper was last told.
     """
@@ -127,9 +129,10 @@ def look(
     if config.measure == "achieved":
         state = dataclasses.replace(state, base=jnp.where(state.base == 0, reward, state.base))
     progress = normalize(reward, state.base)
-    rise = (progress >= config.high) & (state.progress < config.high)
+    rise = (progress >= config.high) & (state.progress < config.high) & program.ends(state.stage, programs.REWARD)
     fall = (progress <= config.low) & (state.progress > config.low)
-    trigger = jnp.where(closed != state.closed, GRIPPER, jnp.where(rise, RISE, jnp.where(fall, FALL, QUIET)))
+    grip = (closed != state.closed) & program.ends(state.stage, programs.GRIPPER)
+    trigger = jnp.where(grip, GRIPPER, jnp.where(rise, RISE, jnp.where(fall, FALL, QUIET)))
     stage, guided = switcher(trigger, state, len(program.stages))
     changed = stage != state.stage
     fresh = standing(stage) if config.measure == "achieved" else jnp.float32(0)

@@ -2,7 +2,8 @@
 
     {"stages": [{"name": "reach", "terms": [{"term": "distance", "keypoint": "red cube", "offset": [0, 0, 0.03]}]}]}
 
-A keypoint is a number, or the name of the object on which it lies (its first keypoint).
+A keypoint is a number, or the name of the object on which it lies (its first keypoint). A stage may say what it lasts
+"until": "reward", its reward having risen; "gripper", the gripper having changed; "either", if nothing is said.
 
 Axes: K keypoints, T poses of a path.
 """
@@ -19,21 +20,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vla_jax.errors import UserError
 from vla_jax.steering.terms import TERMS, Term, View
 
 MAX_STAGES, MAX_TERMS = 8, 8
+EITHER, REWARD, GRIPPER = UNTIL = ("either", "reward", "gripper")  # what ends a stage
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Terms that are added up while this stage lasts."""
+    """Terms that are added up while this stage lasts. until: what ends it, one of UNTIL."""
 
     name: str = dataclasses.field(metadata={"static": True})
     terms: tuple[Term, ...]
+    until: str = dataclasses.field(default=EITHER, metadata={"static": True})
 
     def __call__(self, view: View, path: Float[Array, "T 3"]) -> Float[Array, ""]:
         """The sum of the terms."""
@@ -51,6 +54,10 @@ class Program:
         """The reward of a path in a stage: metres squared, negative, 0 where all terms are satisfied."""
         return jnp.stack([part(view, path) for part in self.stages])[stage]
 
+    def ends(self, stage: Int[Array, ""], by: str) -> Bool[Array, ""]:
+        """Whether a stage can end by its reward, or by the gripper."""
+        return jnp.array([part.until in (EITHER, by) for part in self.stages])[stage]
+
     def to_json(self) -> str:
         """Inverse of `parse`."""
 
@@ -58,7 +65,11 @@ class Program:
             return np.asarray(value).tolist()
 
         stages = [
-            {"name": part.name, "terms": [{"term": term.name, **_numbers(term, plain)} for term in part.terms]}
+            {
+                "name": part.name,
+                "until": part.until,
+                "terms": [{"term": term.name, **_numbers(term, plain)} for term in part.terms],
+            }
             for part in self.stages
         ]
         return json.dumps({"stages": stages}, indent=1)
@@ -104,13 +115,15 @@ def place(number: int, stage: str, index: int | None = None, term: str = "") -> 
 
 
 def _stage(value: Any, number: int, labels: Sequence[str]) -> Stage:
-    _check_keys(value, {"name", "terms"}, {"name", "terms"}, f"stage {number}")
-    name, terms = value["name"], value["terms"]
+    _check_keys(value, {"name", "terms"}, {"name", "terms", "until"}, f"stage {number}")
+    name, terms, until = value["name"], value["terms"], value.get("until", EITHER)
     if not isinstance(name, str):
         raise UserError(f"stage {number}: its name is {name!r}, not a text")
     if not isinstance(terms, list) or not 1 <= len(terms) <= MAX_TERMS:
         raise UserError(f"{place(number, name)} needs a list of 1 to {MAX_TERMS} terms")
-    return Stage(name, tuple(_term(term, number, name, index, labels) for index, term in enumerate(terms, 1)))
+    if until not in UNTIL:
+        raise UserError(f"{place(number, name)}: 'until' must be one of {', '.join(UNTIL)}, got {until!r}")
+    return Stage(name, tuple(_term(term, number, name, index, labels) for index, term in enumerate(terms, 1)), until)
 
 
 def _term(value: Any, number: int, stage: str, index: int, labels: Sequence[str]) -> Term:

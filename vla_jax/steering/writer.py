@@ -214,6 +214,8 @@ its end effector should go. Coordinates are metres: x away from the robot, y to 
 
 A program is one JSON object: {{"stages": [{{"name": "...", "terms": [{{"term": "...", ...}}]}}]}}
 Split the task into stages (pick and place: reach, carry). Do not write a stage that only closes or opens the gripper.
+A stage ends when its reward has risen to nearly 0, or when the gripper opens or closes; with "until": "reward" or \
+"until": "gripper" beside its name only by that (going down to grasp: until gripper).
 The rewards of a stage's terms are added, each times its "weight" (1 where none is given). Terms:
 {terms}
 "keypoint" is a number from the list below, or the name of an object.
