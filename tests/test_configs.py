@@ -7,6 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from configs.studies import language_following
@@ -23,6 +24,9 @@ from vla_jax.envs.collect import CollectConfig
 from vla_jax.errors import UserError
 from vla_jax.models.normalizer import DataFacts
 from vla_jax.models.policy import LANGUAGE_MODEL, Policy
+from vla_jax.steering.study import TARGET
+from vla_jax.steering.terms import View
+from vla_jax.steering.writer import read_program
 from vla_jax.training.optimizer import learning_rate_scales
 from vla_jax.training.state import abstract
 from vla_jax.training.train_config import TrainConfig
@@ -55,6 +59,17 @@ def test_the_composed_config_chains_transforms_before_the_steering():
 def test_the_pointing_config_asks_for_nothing_that_a_pointer_does_not_know():
     config = resolve(SteerRunConfig, importlib.import_module("configs.steer").get_config("pointing"))
     assert "wrong_target" not in config.study.arms and "in_distribution" in config.study.shifts
+
+
+def test_the_picking_config_guides_down_until_the_gripper_has_closed():
+    config = resolve(SteerRunConfig, importlib.import_module("configs.steer").get_config("picking"))
+    text = (ROOT / config.writer.path).read_text().replace(TARGET, "cube")
+    program = read_program(text, ("cube",), View(np.full((1, 3), 0.03), np.full((1, 3), 0.03)))
+    assert [(stage.name, stage.until) for stage in program.stages] == [
+        ("above", "reward"),
+        ("down", "gripper"),
+        ("lift", "either"),
+    ]
 
 
 @pytest.mark.parametrize("arm", ARMS)
