@@ -271,7 +271,7 @@ def test_language_following_runs(kind, runs, token_run, monkeypatch):
 
 def test_steering_runs(runs, monkeypatch):
     pictures, text = execute("steering.ipynb", runs[1], monkeypatch)
-    assert pictures == 1 and "keypoint on the" in text and '"term": "distance"' in text
+    assert pictures == 2 and "keypoint on the" in text and '"term": "distance"' in text
 
 
 def test_steering_arms_are_kept_and_compared(runs, tmp_path, monkeypatch, capsys):

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 from matplotlib.figure import Figure
 
 from vla_jax.envs.control import WORKSPACE
 from vla_jax.envs.scene import COLORS, TABLE_X, TABLE_Y
+from vla_jax.evaluation import video
 from vla_jax.evaluation.charts import PALETTE
+from vla_jax.evaluation.report import BAD, GOOD
 from vla_jax.evaluation.rollout import take_rows
 from vla_jax.steering.program import Program
 from vla_jax.steering.study import SteerStudy
@@ -52,7 +54,7 @@ def plot_steered(study: SteerStudy, shift: str, scene: int, arms: Sequence[str],
         field = axis.contourf(y, x, -np.sqrt(-reward), levels=20, cmap="Greys_r")
         _draw_table(axis, study, shift, scene)
         for color, arm in zip(PALETTE, shown, strict=False):
-            path = study.watch(shift, arm, scene)
+            path = study.watch(shift, arm, scene)[0].path
             axis.plot(path[:, 1], path[:, 0], color=color, lw=2, label=arm)
             axis.plot(*path[-1, 1::-1], "o", color=color)
         axis.legend(fontsize=8, loc="lower left")
@@ -62,6 +64,18 @@ def plot_steered(study: SteerStudy, shift: str, scene: int, arms: Sequence[str],
     figure.colorbar(field, ax=panels, label="− √−reward (m)")
     figure.suptitle(prepared.texts[scene], fontsize=10)
     return figure
+
+
+def film_strip(
+    study: SteerStudy, shift: str, scene: int, arms: Sequence[str], frames: int = 6
+) -> UInt8[np.ndarray, "H W 3"]:
+    """What the front camera saw of one scene: a row of frames an arm, from the first to the last tick."""
+    text, rows, titles = study.prepare(shift).texts[scene], [], []
+    for arm in arms:
+        seen, success = study.watch(shift, arm, scene)
+        rows.append(video.strip(video.enlarge(seen.pictures, 2), frames))
+        titles.append((f"{arm}, {'success' if success else 'failure'}: {text}", GOOD if success else BAD))
+    return video.stacked(rows, titles)
 
 
 def _draw_table(axis, study: SteerStudy, shift: str, scene: int) -> None:

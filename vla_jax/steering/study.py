@@ -23,7 +23,7 @@ from vla_jax.envs.views import observe_images
 from vla_jax.errors import UserError
 from vla_jax.evaluation.evaluate import EvalConfig, World
 from vla_jax.evaluation.results import make_columns
-from vla_jax.evaluation.rollout import Outcome, Trials, rollout_with_memory, take_rows
+from vla_jax.evaluation.rollout import Outcome, Recording, Trials, rollout_with_memory, take_rows
 from vla_jax.models.policy import Policy
 from vla_jax.steering.perceive import POINTED, Perceived, Watched, body_label, disturb, join, perceive
 from vla_jax.steering.pointing import Pointer
@@ -237,15 +237,15 @@ class SteerStudy:
         columns["at_other"] = (np.asarray(outcome.nearest) == prepared.other).tolist()
         return {"shift": shift, "arm": arm, "seconds": round(time.perf_counter() - began, 1), **columns}
 
-    def watch(self, shift: str, arm: str, scene: int) -> Float[np.ndarray, "T 3"]:
-        """The way of the tool point (metres) in one scene, up to the end of its episode."""
+    def watch(self, shift: str, arm: str, scene: int) -> tuple[Recording, bool]:
+        """What was seen and done in one scene, up to the end of its episode (without the axis B), and the success."""
         prepared = self.prepare(shift)
         written = prepared.wrong if arm == "wrong_target" else prepared.target
         rows = np.array([scene])
         trials, memory = self._episodes(prepared, written.complete(), rows)
         run, _ = self._runner(shift, 1 if arm in SINGLE else self.config.steer.particles, record=True)
-        outcome, path, _ = jax.device_get(run(self._weights, trials, memory, self._strengths(arm)))
-        return path[0, : outcome.ticks[0]]
+        outcome, seen, _ = jax.device_get(run(self._weights, trials, memory, self._strengths(arm)))
+        return jax.tree.map(lambda leaf: leaf[0, : outcome.ticks[0]], seen), bool(outcome.success[0])
 
     def _episodes(self, prepared: Prepared, programs: list[Program], rows) -> tuple[Trials, Memory]:
         """Scenes that are about to begin, whose programs have one structure."""
@@ -295,10 +295,7 @@ class SteerStudy:
             return act(policy, self.decoder, steer, *inputs, execute=execute, switcher=switcher, source=self._source)
 
         times = {"execute": self.config.execute, "ticks": table.max_ticks}
-        outcome, seen, memory = rollout_with_memory(
-            Watched(table), steered, trials, memory, noise, record=record, **times
-        )
-        return outcome, seen.path if record else None, memory
+        return rollout_with_memory(Watched(table), steered, trials, memory, noise, record=record, **times)
 
 
 def batches(count: int, batch: int) -> Iterator[tuple[Int[np.ndarray, " B"], int]]:
