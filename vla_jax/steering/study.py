@@ -238,14 +238,16 @@ class SteerStudy:
         return {"shift": shift, "arm": arm, "seconds": round(time.perf_counter() - began, 1), **columns}
 
     def watch(self, shift: str, arm: str, scene: int) -> tuple[Recording, bool]:
-        """What was seen and done in one scene, up to the end of its episode (without the axis B), and the success."""
+        """What was seen and done in one scene, up to the end of its episode (without the axis B), and its success as
+        `run` counts it."""
         prepared = self.prepare(shift)
         written = prepared.wrong if arm == "wrong_target" else prepared.target
         rows = np.array([scene])
         trials, memory = self._episodes(prepared, written.complete(), rows)
         run, _ = self._runner(shift, 1 if arm in SINGLE else self.config.steer.particles, record=True)
         outcome, seen, _ = jax.device_get(run(self._weights, trials, memory, self._strengths(arm)))
-        return jax.tree.map(lambda leaf: leaf[0, : outcome.ticks[0]], seen), bool(outcome.success[0])
+        success = outcome.success[0] and (arm == "base" or not written.failures[scene])
+        return jax.tree.map(lambda leaf: leaf[0, : outcome.ticks[0]], seen), bool(success)
 
     def _episodes(self, prepared: Prepared, programs: list[Program], rows) -> tuple[Trials, Memory]:
         """Scenes that are about to begin, whose programs have one structure."""
