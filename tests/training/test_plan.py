@@ -136,6 +136,19 @@ def test_arithmetic_names_what_would_fit(ready, monkeypatch):
     assert tried["accumulate=2"].memory.total != plan.memory.total
 
 
+def test_what_is_frozen_gets_no_gradient(ready):
+    scales = (("^(vision|trunk|words|head|queries)(/|$)", 0.0),)
+    frozen = dataclasses.replace(ready, optimizer=dataclasses.replace(ready.optimizer, scales=scales))
+    topology = parse_topology("4xH100")
+    whole, part = (make_plan(run, FACTS, topology) for run in (ready, frozen))
+    assert part.memory.weights == whole.memory.weights
+    # Gradients of the expert alone, and nothing that the forward pass of the rest would have to keep.
+    assert part.memory.rest < 0.5 * whole.memory.rest
+    assert part.flops < 0.7 * whole.flops
+    assert part.traffic["reduce-scatter"].size < 0.6 * whole.traffic["reduce-scatter"].size
+    assert part.traffic["all-gather"] == whole.traffic["all-gather"]
+
+
 def plan_command(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "experiments.plan", "--config=configs/train.py", *arguments]
     return subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=500)

@@ -16,10 +16,10 @@ from vla_jax.training.train_config import TrainConfig
 
 
 class Line(nnx.Module):
-    """y = w x"""
+    """y = w x + b"""
 
     def __init__(self, rngs: nnx.Rngs):
-        self.layer = nnx.Linear(3, 1, use_bias=False, rngs=rngs)
+        self.layer = nnx.Linear(3, 1, rngs=rngs)
 
 
 def objective(model, batch, key, own):
@@ -36,7 +36,7 @@ def objective(model, batch, key, own):
     return sum(part.weight * part.value for part in terms.values()), (terms, own)
 
 
-def one_step(accumulate: int):
+def one_step(accumulate: int, frozen: tuple[str, ...] = ()):
     """The state after a step of plain gradient descent, and the metrics."""
     graphdef, _, _ = abstract(Line)
     optimizer = optax.sgd(1.0)
@@ -48,7 +48,7 @@ def one_step(accumulate: int):
         "carried": np.arange(12) % 3 != 0,  # parts of four differ in how many they hold
     }
     batch["carried"][8:] = False
-    step = make_step(graphdef, objective, optimizer, lambda count: 1.0, 0.0, accumulate=accumulate)
+    step = make_step(graphdef, objective, optimizer, lambda count: 1.0, 0.0, frozen=frozen, accumulate=accumulate)
     return step(state, batch)
 
 
@@ -61,6 +61,17 @@ def test_parts_of_a_batch_are_the_whole_batch(parts):
     for name, part in expected["terms"].items():
         np.testing.assert_allclose(metrics["terms"][name], part, rtol=1e-4, atol=1e-6, err_msg=name)
     assert expected["terms"]["nothing"].valid_fraction == 0 != expected["terms"]["fit"].value
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_frozen_parameters_stay_and_the_others_learn_as_before(parts):
+    (whole, expected), (state, metrics) = one_step(parts), one_step(parts, ("layer/bias",))
+    assert state.params["layer/bias"] == 0 != whole.params["layer/bias"]
+    np.testing.assert_allclose(state.params["layer/kernel"], whole.params["layer/kernel"], rtol=1e-6)
+    assert metrics["loss"] == expected["loss"]
+    # Plain descent at rate 1: the bias went as far as its gradient is long.
+    rest = expected["grad_norm"] ** 2 - whole.params["layer/bias"] ** 2
+    assert metrics["grad_norm"] ** 2 == pytest.approx(float(rest[0]), rel=1e-5)
 
 
 def test_a_gate_needs_the_whole_batch():

@@ -27,7 +27,7 @@ class OptimizerConfig:
         weight_decay: of matrices only (parameters named "kernel"): no bias, norm, embedding or query decays.
         clip_norm: the largest global norm of a gradient; 0 switches clipping off.
         scales: pairs (regular expression on parameter paths, factor on the learning rate); the first match counts, what
-            none matches has factor 1, and factor 0 freezes (no update, no decay, no part in the gradient's norm).
+            none matches has factor 1, and factor 0 freezes (no gradient, no update, no decay).
         ema_decay: of the averaged weights, which are evaluated; 0 keeps none.
     """
 
@@ -80,6 +80,11 @@ def learning_rate_scales(config: OptimizerConfig, params: Params) -> dict[str, f
     return {path: next((scale for pattern, scale in config.scales if re.search(pattern, path)), 1.0) for path in params}
 
 
+def frozen_parameters(config: OptimizerConfig, params: Params) -> frozenset[str]:
+    """The paths of the parameters with factor 0."""
+    return frozenset(path for path, scale in learning_rate_scales(config, params).items() if scale == 0)
+
+
 def make_optimizer(config: OptimizerConfig, steps: int, params: Params) -> optax.GradientTransformation:
     """The optimiser of flat parameters; `params` may be shapes only."""
     schedule = make_schedule(config, steps)
@@ -99,7 +104,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: Params) -> optax
         )
 
     # Frozen parameters are dropped before the norm is taken: they must not use up the clipping budget of the others.
-    frozen = {path: scale == 0 for path, scale in scales.items()}
+    frozen = {path: path in frozen_parameters(config, params) for path in params}
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     by_scale = optax.partition(
         {str(scale): adamw(scale) for scale in set(scales.values())},

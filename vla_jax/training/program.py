@@ -21,7 +21,7 @@ from vla_jax.nn.flat import FlatArrays
 from vla_jax.nn.placement import batch_sharding
 from vla_jax.training.augment import augmented
 from vla_jax.training.mesh import check_batch_size, state_shardings, with_shardings
-from vla_jax.training.optimizer import make_optimizer, make_schedule
+from vla_jax.training.optimizer import frozen_parameters, make_optimizer, make_schedule
 from vla_jax.training.state import Beginning, TrainState, abstract
 from vla_jax.training.step import Objective, make_step, make_validation
 from vla_jax.training.train_config import TrainConfig
@@ -29,11 +29,13 @@ from vla_jax.training.train_config import TrainConfig
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """graphdef: of the policy. beginning: makes the first state. shapes: the state as shapes, each with its place."""
+    """graphdef: of the policy. beginning: makes the first state. shapes: the state as shapes, each with its place.
+    frozen: paths of the parameters that are not trained."""
 
     graphdef: nnx.GraphDef
     beginning: Beginning
     shapes: TrainState
+    frozen: frozenset[str]
     loss: Objective
     step: Callable[[TrainState, dict[str, Any]], tuple[TrainState, dict[str, Any]]]
     validate: Callable[[TrainState, dict[str, Any], Any], dict[str, Any]]
@@ -62,6 +64,7 @@ def make_program(config: TrainConfig, facts: DataFacts, mesh: Mesh) -> Program:
     make = functools.partial(_policy, config, facts)
     graphdef, params, _ = abstract(make)
     optimizer = make_optimizer(config.optimizer, config.steps, params)
+    frozen = frozen_parameters(config.optimizer, params)
     beginning = Beginning(make, optimizer, initial_gate(), ema=config.optimizer.ema_decay > 0)
     shapes = beginning.shapes()
     shardings = state_shardings(shapes, mesh)
@@ -72,11 +75,12 @@ def make_program(config: TrainConfig, facts: DataFacts, mesh: Mesh) -> Program:
         optimizer,
         make_schedule(config.optimizer, config.steps),
         config.optimizer.ema_decay,
+        frozen=frozen,
         accumulate=config.accumulate,
         shardings=shardings,
     )
     validate = make_validation(graphdef, loss, shardings)
-    return Program(graphdef, beginning, with_shardings(shapes, shardings), loss, step, validate)
+    return Program(graphdef, beginning, with_shardings(shapes, shardings), frozen, loss, step, validate)
 
 
 def batch_shapes(config: TrainConfig, facts: DataFacts, mesh: Mesh | None = None, share: int = 1) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Everything that a training step changes, as one pytree, and its way in and out of an `nnx` module."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -30,6 +30,11 @@ class TrainState:
 def merge(graphdef: nnx.GraphDef, params: FlatArrays, constants: FlatArrays) -> nnx.Module:
     """The module with these arrays in it."""
     return nnx.merge(graphdef, unflatten({**params, **constants}))
+
+
+def trainable(params: dict[str, Any], frozen: Collection[str]) -> dict[str, Any]:
+    """Those of flat parameters, or of what is said of each, that are not frozen."""
+    return {path: leaf for path, leaf in params.items() if path not in frozen}
 
 
 def abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, FlatArrays, FlatArrays]:
