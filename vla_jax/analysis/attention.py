@@ -70,7 +70,7 @@ def expert_attention(
 class Gaze(NamedTuple):
     """How the readers of a sequence share out their attention: rows sum to 1 over all three; the words' padding has 0.
 
-    The readers are the latent queries, or, where a policy has none, the actions of a chunk.
+    The readers are the latent queries; where a policy has none, the actions of a chunk; or the words that it says.
     """
 
     image: Float[Array, "B R T"]
@@ -90,8 +90,8 @@ def gaze(
     """Mean over layers and heads of the attention that decides what the actions may know, in one scene under each of B
     instructions.
 
-    With latent queries, or with conditioning on the policy's own words alone, it is theirs, in the trunk: the expert
-    sees nothing but them. Otherwise it is the expert's own cross-attention to the trunk's tokens, a mean over TIMES on
+    With latent queries it is theirs, in the trunk: the expert sees nothing but them. With conditioning on the policy's
+    own words alone it is the trunk's where each of these is said. Otherwise it is the expert's own cross-attention to the trunk's tokens, a mean over TIMES on
     the way from noise to the chunk that the policy samples.
 
     Args:
@@ -113,7 +113,7 @@ def gaze(
         weights = weights[:, layout[f"{branch}/query"]]
         return Gaze(_of_image(weights, policy), weights[..., text], weights[..., layout[f"{branch}/query"]])
     if policy.config.conditioning == "reasoning":
-        weights = jnp.take_along_axis(weights, policy.said(packed.valid, text)[..., None], 1)
+        weights = jnp.take_along_axis(weights, policy.said(packed.valid, text)[..., None] - 1, 1)
     return Gaze(_of_image(weights, policy), weights[..., text], weights[..., :0])
 
 

@@ -107,8 +107,8 @@ class Packed(NamedTuple):
 class Reading(NamedTuple):
     """What the trunk made of one branch.
 
-    hidden: the states that condition the expert (in the branches without queries, those of the instruction, which
-    condition nothing). valid: which of them count (None: all).
+    hidden: the states that condition the expert (with conditioning = "reasoning" the embedded words; in the branches
+    without queries the states of the instruction, which condition nothing). valid: which of them count (None: all).
     predictors: the states from which the L instruction tokens are predicted, one place earlier each (for the first
     token that is the last query in the prior branch, the last image token in the posterior, the last action in the
     action branch, the start token in the words branch).
@@ -271,7 +271,7 @@ class Policy(Words):
         """Read the sequence once, for all branches, as it is; see `encode`."""
         packed = self.pack(images, tokens, token_mask, branches, chunk, other)
         hidden = self.trunk(*packed)
-        return {branch: self._reading(hidden, packed.valid, packed.layout, branch) for branch in branches}
+        return {branch: self._reading(hidden, packed, branch) for branch in branches}
 
     def pack(
         self,
@@ -296,7 +296,8 @@ class Policy(Words):
             taps = self._spread(taps, layout)
         return Packed(sequence, layout, valid, layout.places if self.config.trunk.rope_sections else None, taps)
 
-    def _reading(self, hidden, valid, layout: Layout, branch: str) -> Reading:
+    def _reading(self, hidden, packed: Packed, branch: str) -> Reading:
+        layout, valid = packed.layout, packed.valid
         name = f"{branch}/{'other' if branch == 'negative' else 'text'}"
         text, before = layout[name], layout.predecessor(name)
         predictors = jnp.concatenate([hidden[:, before : before + 1], hidden[:, text.start : text.stop - 1]], 1)
@@ -304,7 +305,8 @@ class Policy(Words):
             return Reading(hidden[:, text], valid[:, text], predictors)
         if self.config.conditioning == "reasoning":
             said = self.said(valid, text)
-            return Reading(jnp.take_along_axis(hidden, said[..., None], 1), None, predictors)
+            # The words as they are, not the trunk's states at them: those have seen the picture.
+            return Reading(jnp.take_along_axis(packed.sequence, said[..., None], 1), None, predictors)
         if self.queries is None:
             seen = slice(sum(span.length for span in self.prefix)), text
             hidden, valid = (jnp.concatenate([each[:, where] for where in seen], 1) for each in (hidden, valid))
