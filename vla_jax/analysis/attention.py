@@ -91,8 +91,8 @@ def gaze(
     instructions.
 
     With latent queries it is theirs, in the trunk: the expert sees nothing but them. With conditioning on the policy's
-    own words alone it is the trunk's where each of these is said. Otherwise it is the expert's own cross-attention to the trunk's tokens, a mean over TIMES on
-    the way from noise to the chunk that the policy samples.
+    own words alone it is the trunk's where each of these is said. Otherwise it is the expert's own cross-attention to
+    the trunk's tokens, a mean over TIMES on the way from noise to the chunk that the policy samples.
 
     Args:
         observation: of the one scene, as in `Policy.act`.
