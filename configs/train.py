@@ -10,10 +10,16 @@ from ml_collections import ConfigDict
 from vla_jax.config import nearest
 from vla_jax.envs.questions import PLACE_WORDS
 from vla_jax.errors import UserError
+from vla_jax.models.policy import LANGUAGE_MODEL
 
 
 def _loss(prior_weight: float, llr_weight: float, **more) -> dict:
     return {"loss": {"prior_weight": prior_weight, "llr_weight": llr_weight, **more}}
+
+
+def language_model_rate(factor: float) -> tuple:
+    """optimizer.scales under which the language model learns at `factor` of the rate of the rest; 0 freezes it."""
+    return ((f"^({'|'.join(LANGUAGE_MODEL)})(/|$)", factor),)
 
 
 _COTRAINED = {"questions": {"batch_size": 32}, **_loss(0.0, 0.0, question_weight=0.2)}
@@ -55,10 +61,11 @@ ARMS = {
     },
     # the same through latent queries
     "pointing_queries": {"policy": {"reasoning": PLACE_WORDS}, **_COTRAINED},
-    # the actions are conditioned on the two words alone
+    # the actions are conditioned on the two words alone; the language model is frozen, as they have nothing to teach it
     "pointing_only": {
         "policy": {"conditioning": "reasoning", "reasoning": PLACE_WORDS},
-        **_COTRAINED,
+        "optimizer": {"scales": language_model_rate(0.0)},
+        **_loss(0.0, 0.0),
     },
     # questions and balanced draws
     "balanced_cotrained": {

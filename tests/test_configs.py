@@ -107,7 +107,9 @@ def test_a_variant_of_the_study_differs_from_its_arm_as_it_says(name):
     assert name not in resolve(StudyConfig, language_following.get_config()).arms
 
 
-@pytest.mark.parametrize("name, factor", [("slow_baseline", 0.1), ("slow_pointing", 0.1), ("frozen_queries", 0.0)])
+@pytest.mark.parametrize(
+    "name, factor", [("slow_baseline", 0.1), ("slow_pointing", 0.1), ("frozen_queries", 0.0), ("pointing_only", 0.0)]
+)
 def test_a_slow_or_frozen_language_model_is_the_whole_of_it(name, factor):
     """Word embeddings too, whose path is one name without a slash; and nothing else."""
     config = resolve(StudyConfig, language_following.get_config(name)).arms[name]

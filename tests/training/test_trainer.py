@@ -221,6 +221,8 @@ def test_mistakes_are_found_before_anything_is_written(config, tmp_path):
     scales = dataclasses.replace(config.optimizer, scales=(("visoin", 0.1),))
     with pytest.raises(UserError, match="matches no parameter"):
         train(dataclasses.replace(config, optimizer=scales), target)
+    with pytest.raises(UserError, match="nobody taught this one: .* init_from=RUN"):
+        train(dataclasses.replace(config, policy=dataclasses.replace(config.policy, reasoning=1)), target)
     assert not target.exists()
 
 

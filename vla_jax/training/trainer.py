@@ -115,6 +115,11 @@ def on_pretrained(config: TrainConfig, contract: Contract) -> tuple[TrainConfig,
 def _first_state(program: Program, config: TrainConfig, contract: Contract, mesh: Mesh) -> TrainState:
     """The state before the first step: random, with what a pretrained model or another run gives."""
     directory = config.pretrained.directory
+    if config.policy.reasoning and not (config.init_from or directory or config.questions.batch_size):
+        raise UserError(
+            "with policy.reasoning a language model speaks, and nobody taught this one: start from a trained one by "
+            "init_from=RUN (configs/grounding.py makes one) or pretrained.directory, or add questions"
+        )
     given = load_backbone(directory, config.policy, program.shapes.params, config.seed, mesh) if directory else {}
     state = program.first_state(config.seed, given)
     return start_from(config.init_from, state, contract) if config.init_from else state
