@@ -53,7 +53,7 @@ def test_a_row_counts_successes_and_sticks():
 def test_a_row_without_contradiction_has_no_stick_rate():
     row = make_row("full", 5, "in_distribution", columns([0, 0], [0, 0], [1, 1], [1, 1]))
     assert row["stick"] is None and row["stick_trials"] == 0 and row["ticks"] is None
-    assert "in_distribution" in format_table([row])
+    assert "  in_distribution" in format_table([{**row, "arm": "an_arm_with_a_long_name"}])
 
 
 def test_language_drop_is_paired():

@@ -206,11 +206,12 @@ class Evaluator:
 
 def format_table(rows: list[dict[str, Any]]) -> str:
     """The rows as text for the terminal."""
-    lines = [f"{'arm':<16}{'split':<20}{'success':>9}  {'95 % interval':<16}{'stick':>7}  {'ticks':>5}"]
+    width = max(16, *(len(row["arm"]) + 2 for row in rows))
+    lines = [f"{'arm':<{width}}{'split':<20}{'success':>9}  {'95 % interval':<16}{'stick':>7}  {'ticks':>5}"]
     for row in rows:
         interval = f"[{row['low']:.2f}, {row['high']:.2f}]"
         stick = "-" if row["stick"] is None else f"{row['stick']:.2f}"
         ticks = "-" if row["ticks"] is None else f"{row['ticks']:.0f}"
         score = f"{row['successes']}/{row['trials']}"
-        lines.append(f"{row['arm']:<16}{row['split']:<20}{score:>9}  {interval:<16}{stick:>7}  {ticks:>5}")
+        lines.append(f"{row['arm']:<{width}}{row['split']:<20}{score:>9}  {interval:<16}{stick:>7}  {ticks:>5}")
     return "\n".join(lines)
