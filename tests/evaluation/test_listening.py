@@ -136,10 +136,7 @@ class Muttering(Known):
         self.acts_on = -1 if heeds else 0
 
     def reason(self, images, tokens, token_mask):
-        return Instruction(*(jnp.concatenate([part, part[:, :1]], 1) for part in (tokens, token_mask)))
-
-    def said(self, valid, text):
-        return jnp.full((len(valid), 1), text.stop - 1)
+        return Instruction(tokens[:, [0, 0]], token_mask[:, [0, 0]])
 
     def read(self, images, tokens, token_mask, branches):
         return super().encode(images, tokens[:, [self.acts_on]], token_mask, branches)

@@ -23,6 +23,7 @@ from vla_jax.errors import UserError
 from vla_jax.flow.path import point
 from vla_jax.models.expert import ActionExpert, Memory
 from vla_jax.models.policy import Packed, Policy
+from vla_jax.models.reasoning import last_words
 from vla_jax.models.trunk import Trunk
 from vla_jax.nn.attention import attention_weights
 
@@ -113,7 +114,8 @@ def gaze(
         weights = weights[:, layout[f"{branch}/query"]]
         return Gaze(_of_image(weights, policy), weights[..., text], weights[..., layout[f"{branch}/query"]])
     if policy.config.conditioning == "reasoning":
-        weights = jnp.take_along_axis(weights, policy.said(packed.valid, text)[..., None] - 1, 1)
+        said = text.start + last_words(packed.valid[:, text], policy.config.reasoning)
+        weights = jnp.take_along_axis(weights, said[..., None] - 1, 1)
     return Gaze(_of_image(weights, policy), weights[..., text], weights[..., :0])
 
 

@@ -51,6 +51,7 @@ from vla_jax.flow.transforms import extrapolate
 from vla_jax.losses.information import likelihoods
 from vla_jax.models.expert import Condition
 from vla_jax.models.policy import Instruction, Policy
+from vla_jax.models.reasoning import last_words
 
 SCENES = 100
 DRAWS = 16  # noise and time draws of each likelihood
@@ -210,7 +211,7 @@ def _ask_in_scene(policy: Policy, case: Candidates, key: PRNGKeyArray, guidance,
 
 def _with_words_of_the_next(policy: Policy, told: Instruction) -> Instruction:
     """Instructions with what the policy said to itself, but each with what it said after the next one."""
-    row, place = jnp.arange(len(told.tokens))[:, None], policy.said(told.mask, slice(0, told.tokens.shape[1]))
+    row, place = jnp.arange(len(told.tokens))[:, None], last_words(told.mask, policy.config.reasoning)
     return told._replace(tokens=told.tokens.at[row, place].set(jnp.roll(told.tokens[row, place], -1, 0)))
 
 

@@ -25,7 +25,7 @@ from vla_jax.models.expert import ActionExpert, Condition, ExpertConfig, present
 from vla_jax.models.keypoints import KeypointConfig, KeypointEncoder
 from vla_jax.models.normalizer import DataFacts, Normalizer
 from vla_jax.models.qwen_vision import QwenViews, QwenVisionConfig
-from vla_jax.models.reasoning import continued
+from vla_jax.models.reasoning import continued, last_words
 from vla_jax.models.trunk import Trunk, TrunkConfig
 from vla_jax.models.vision import VisionConfig, VisionEncoder
 from vla_jax.models.words import Words
@@ -254,11 +254,6 @@ class Policy(Words):
         packed = thinker.pack(images, tokens, token_mask, ("posterior",))
         return Instruction(*continued(thinker, packed, tokens, token_mask, self.config.reasoning))
 
-    def said(self, valid: Bool[Array, "B T"], text: slice) -> Int[Array, "B P"]:
-        """Where the P words of `reason` stand in a sequence, the last ones that count in its span of text."""
-        words = self.config.reasoning
-        return text.start + valid[:, text].sum(1, keepdims=True) - words + jnp.arange(words)
-
     def read(
         self,
         images: dict[str, Array],
@@ -304,7 +299,7 @@ class Policy(Words):
         if branch in ("action", "words"):
             return Reading(hidden[:, text], valid[:, text], predictors)
         if self.config.conditioning == "reasoning":
-            said = self.said(valid, text)
+            said = text.start + last_words(valid[:, text], self.config.reasoning)
             # The words as they are, not the trunk's states at them: those have seen the picture.
             return Reading(jnp.take_along_axis(packed.sequence, said[..., None], 1), None, predictors)
         if self.queries is None:

@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Int
 
@@ -37,6 +38,11 @@ def continued(
     row, place = jnp.arange(len(tokens))[:, None], mask.sum(1, keepdims=True) + jnp.arange(words)
     room = ((0, 0), (0, words))
     return jnp.pad(tokens, room).at[row, place].set(said), jnp.pad(mask, room).at[row, place].set(True)
+
+
+def last_words(mask: Bool[Array, "B L"], words: int) -> Int[Array, "B P"]:
+    """Where the last P words that count stand: those of `continued`, in what it returns."""
+    return mask.sum(1, keepdims=True) - words + np.arange(words)
 
 
 @functools.partial(jax.jit, static_argnums=0)

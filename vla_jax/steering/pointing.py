@@ -20,7 +20,7 @@ from vla_jax.data.contract import Contract
 from vla_jax.envs.questions import PLACE_WORDS, middle, place
 from vla_jax.errors import UserError
 from vla_jax.models.policy import Policy
-from vla_jax.models.reasoning import reasoned
+from vla_jax.models.reasoning import last_words, reasoned
 
 
 class Pointer:
@@ -47,5 +47,5 @@ class Pointer:
         """(column, row) in the front picture, from 0 to 1; not a number where the answer is no place."""
         tokens, mask = self._contract.encode(texts)
         said, said_mask = jax.device_get(reasoned(self._graph, self._weights, images, tokens, mask))
-        own = said_mask.sum(1, keepdims=True) - PLACE_WORDS + np.arange(PLACE_WORDS)
-        return np.stack([middle(self._tokenizer.decode(row)) for row in np.take_along_axis(said, own, 1)])
+        own = np.take_along_axis(said, last_words(said_mask, PLACE_WORDS), 1)
+        return np.stack([middle(self._tokenizer.decode(row)) for row in own])
