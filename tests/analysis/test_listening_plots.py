@@ -7,7 +7,7 @@ from matplotlib.patches import Rectangle
 
 from vla_jax.analysis.attention import Gaze
 from vla_jax.analysis.imagine import Start
-from vla_jax.analysis.listening_plots import plot_explained, plot_gaze, plot_suggested
+from vla_jax.analysis.listening_plots import plot_explained, plot_gaze, plot_said, plot_suggested
 
 
 def frames(axis):
@@ -52,3 +52,14 @@ def test_attention_is_summed_by_thing_and_by_word():
     np.testing.assert_allclose([bar.get_width() for bar in alone.patches], [0.3, 0.3, 0.2, 0.1, 0.1])
     brightest = front.patches[-1]
     assert brightest.get_xy() == (-0.5, 0.5) and brightest.get_alpha() == 0.75
+
+
+def test_a_cross_stands_where_the_policy_says_the_thing_is():
+    start = SimpleNamespace(observation={"images": {"front": np.zeros((1, 64, 64, 3), np.uint8)}})
+    texts = ["touch the red cube", "touch the blue ball", "lift it"]
+    axis = plot_said(start, texts, ["touch the red cube x0 y31", "touch the blue ball a ball", "lift it"]).axes[0]
+    crosses = [line.get_xydata()[0] for line in axis.lines]
+    np.testing.assert_allclose(crosses[0], [0.5, 62.5])  # between the two pixels of the bin
+    assert np.isnan(crosses[1:]).all()
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert labels == ["“touch the red cube”: x0 y31", "“touch the blue ball”: a ball", "“lift it”: says nothing"]

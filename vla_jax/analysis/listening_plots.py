@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 
 from vla_jax.analysis.attention import Gaze, shown
 from vla_jax.analysis.imagine import Start
+from vla_jax.envs.questions import middle
 from vla_jax.evaluation.charts import GRID, INK, PALETTE
 from vla_jax.models.policy import Policy
 
@@ -72,6 +73,25 @@ def plot_suggested(likelihoods: dict[str, Float[np.ndarray, "K"]], texts: Sequen
     axis.set_title(f"the look suggests the {cue}", fontsize=10, loc="left")
     axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _bare(axis)
+    return figure
+
+
+def plot_said(start: Start, texts: Sequence[str], said: Sequence[str]) -> Figure:
+    """Where in the front picture a policy says the thing of each instruction is.
+
+    said: each instruction and what the policy says after it (`imagine.with_reasoning`).
+    """
+    picture = start.observation["images"]["front"][0]
+    figure = Figure(figsize=(7.0, 3.0), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(picture, interpolation="nearest")
+    for colour, text, spoken in zip(PALETTE, texts, said, strict=False):
+        answer = spoken.removeprefix(text).strip()
+        place = middle(answer) * len(picture) - 0.5  # the middle of the first pixel is at 0
+        label = f"{_quoted(text)}: {answer or 'says nothing'}"
+        axis.plot(*place, "X", color=colour, markeredgecolor="white", markersize=12, linestyle="", label=label)
+    axis.legend(fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    axis.set_axis_off()
     return figure
 
 
