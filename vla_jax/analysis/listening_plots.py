@@ -3,6 +3,7 @@
 Axes: I chunks, K instructions, T image tokens, O things.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -82,10 +83,10 @@ def plot_said(start: Start, texts: Sequence[str], said: Sequence[str]) -> Figure
     said: each instruction and what the policy says after it (`imagine.with_reasoning`).
     """
     picture = start.observation["images"]["front"][0]
-    figure = Figure(figsize=(7.0, 3.0), layout="constrained")
+    figure = Figure(figsize=(8.4, 3.0), layout="constrained")
     axis = figure.subplots()
     axis.imshow(picture, interpolation="nearest")
-    for colour, text, spoken in zip(PALETTE, texts, said, strict=False):
+    for colour, text, spoken in zip(itertools.cycle(PALETTE), texts, said, strict=False):
         answer = spoken.removeprefix(text).strip()
         place = middle(answer) * len(picture) - 0.5  # the middle of the first pixel is at 0
         label = f"{_quoted(text)}: {answer or 'says nothing'}"

@@ -206,7 +206,7 @@ class Evaluator:
 
 def format_table(rows: list[dict[str, Any]]) -> str:
     """The rows as text for the terminal."""
-    width = max(16, *(len(row["arm"]) + 2 for row in rows))
+    width = max([16, *(len(row["arm"]) + 2 for row in rows)])
     lines = [f"{'arm':<{width}}{'split':<20}{'success':>9}  {'95 % interval':<16}{'stick':>7}  {'ticks':>5}"]
     for row in rows:
         interval = f"[{row['low']:.2f}, {row['high']:.2f}]"

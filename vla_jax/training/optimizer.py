@@ -104,7 +104,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: Params) -> optax
         )
 
     # Frozen parameters are dropped before the norm is taken: they must not use up the clipping budget of the others.
-    frozen = {path: path in frozen_parameters(config, params) for path in params}
+    frozen = {path: scale == 0 for path, scale in scales.items()}
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     by_scale = optax.partition(
         {str(scale): adamw(scale) for scale in set(scales.values())},
