@@ -38,8 +38,8 @@ instructions wherever the hand is: 70 % in distribution and 58 on swapped instru
 stage 0, 90 and 82, and the baseline from there as from the other one, 96 and 40.
 Before it ran at rho = .02 (12 000 steps): 88 % in distribution and 80 on swapped instructions; under the salience
 coupling as under this one; and on the task "pick", where the two words do not tell how an object is turned: 60 and 55.
-Before it ran from a stage 0 of 32 000 steps, which points within a cell in 94 to 96 %, having seen that of its misses in
-distribution three in five had wrong words: 91 and 87.
+Before it ran from a stage 0 of 32 000 steps, which points within a cell in 94 to 96 %, having seen that of its misses
+in distribution three in five had wrong words: 91 and 87.
 Before the baseline ran from there: 96 and 42.
 """
 
