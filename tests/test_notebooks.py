@@ -266,7 +266,7 @@ def test_first_look_runs(runs, monkeypatch):
 @pytest.mark.parametrize("kind", ["queries", pytest.param("tokens", marks=pytest.mark.slow)])
 def test_language_following_runs(kind, runs, token_run, monkeypatch):
     pictures, text = execute("language_following.ipynb", runs[1] if kind == "queries" else token_run, monkeypatch)
-    assert pictures == 6 and "swapped" in text and "the look suggests" in text
+    assert pictures == 7 and "swapped" in text and "the look suggests" in text
 
 
 def test_steering_runs(runs, monkeypatch):
