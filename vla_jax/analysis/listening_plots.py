@@ -3,7 +3,6 @@
 Axes: I chunks, K instructions, T image tokens, O things.
 """
 
-import itertools
 import re
 from collections.abc import Sequence
 
@@ -16,7 +15,7 @@ from matplotlib.patches import Rectangle
 from vla_jax.analysis.attention import Gaze, shown
 from vla_jax.analysis.imagine import Start
 from vla_jax.envs.questions import middle
-from vla_jax.evaluation.charts import GRID, INK, PALETTE
+from vla_jax.evaluation.charts import GRID, INK, PALETTE, colours
 from vla_jax.models.policy import Policy
 
 SHADES = LinearSegmentedColormap.from_list("shades", ["#ffffff", PALETTE[0]])
@@ -86,7 +85,7 @@ def plot_said(start: Start, texts: Sequence[str], said: Sequence[str]) -> Figure
     figure = Figure(figsize=(8.4, 3.0), layout="constrained")
     axis = figure.subplots()
     axis.imshow(picture, interpolation="nearest")
-    for colour, text, spoken in zip(itertools.cycle(PALETTE), texts, said, strict=False):
+    for colour, text, spoken in zip(colours(len(texts)), texts, said, strict=True):
         answer = spoken.removeprefix(text).strip()
         place = middle(answer) * len(picture) - 0.5  # the middle of the first pixel is at 0
         label = f"{_quoted(text)}: {answer or 'says nothing'}"
@@ -147,9 +146,9 @@ def _draw_tokens(axis, brightness, places, reach: int) -> None:
 def _draw_shares(axis, names: Sequence[str], shares: Sequence[float], even: Sequence[float]) -> None:
     """Bars; the first `len(even)` are parts of the pictures, with a tick each."""
     pictured = len(even)
-    colours = [PALETTE[0]] * (pictured - 1) + [REST] + [PALETTE[1]] * (len(names) - pictured)
+    fills = [PALETTE[0]] * (pictured - 1) + [REST] + [PALETTE[1]] * (len(names) - pictured)
     places = np.arange(len(names))
-    axis.barh(places, shares, color=colours, height=0.7)
+    axis.barh(places, shares, color=fills, height=0.7)
     axis.plot(even, places[:pictured], "|", color=INK, markersize=9)
     axis.set_yticks(places, names, fontsize=8)
     axis.invert_yaxis()

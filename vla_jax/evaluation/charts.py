@@ -24,7 +24,7 @@ def curves_figure(runs: Sequence[Run], names: Sequence[str] | None = None, colum
     rows = max(1, -(-len(names) // columns))
     figure, axes = canvas(rows, columns)
     for axis, name in zip(axes, names, strict=False):
-        for run, colour in zip(runs, _colours(len(runs)), strict=True):
+        for run, colour in zip(runs, colours(len(runs)), strict=True):
             if name in run.metrics:
                 curve = run.metrics[name]
                 marker = "o" if len(curve.steps) < 20 else None
@@ -56,7 +56,7 @@ def success_figure(results: Sequence[Results]) -> "Figure":
     axis = figure.subplots()
     style_axis(axis)
     offsets = np.linspace(-0.22, 0.22, len(results)) if len(results) > 1 else [0.0]
-    for result, colour, offset in zip(results, _colours(len(results)), offsets, strict=True):
+    for result, colour, offset in zip(results, colours(len(results)), offsets, strict=True):
         heights = np.array([splits.index(row["split"]) for row in result.rows]) + offset
         rates = np.array([row["rate"] for row in result.rows])
         errors = np.array([[row["rate"] - row["low"], row["high"] - row["rate"]] for row in result.rows]).T
@@ -103,5 +103,6 @@ def style_axis(axis) -> None:
     axis.tick_params(labelsize=8, colors=INK, length=0)
 
 
-def _colours(count: int) -> list[str]:
+def colours(count: int) -> list[str]:
+    """One for each of so many lines; they repeat where there are more than PALETTE has."""
     return [PALETTE[index % len(PALETTE)] for index in range(count)]
