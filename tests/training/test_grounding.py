@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from configs.train import language_model_rate
 from experiments.balance import balance_once
 from vla_jax.data.loader import DataConfig
 from vla_jax.envs.bias import BiasConfig
@@ -91,6 +92,22 @@ def test_a_policy_starts_from_the_language_model_of_another_run(grounding, actin
             assert same, path
         elif leaf.std() > 0:
             assert not same, f"{path}: the rest begins with the run's own seed"
+
+
+def test_a_frozen_language_model_stays_and_is_kept_once(grounding, acting, tmp_path):
+    optimizer = dataclasses.replace(acting.optimizer, scales=language_model_rate(0.0), decay_steps=2)
+    frozen = dataclasses.replace(acting, init_from=str(grounding), optimizer=optimizer, checkpoint_every=1)
+    train(dataclasses.replace(frozen, steps=1), tmp_path / "run")
+    first = params(tmp_path / "run")
+    run = train(frozen, tmp_path / "run", resume=True)
+    given, last = params(grounding), params(run)
+    for path, leaf in last.items():
+        if path.split("/")[0] in LANGUAGE_MODEL:
+            np.testing.assert_array_equal(leaf, given[path], err_msg=path)
+    assert not np.array_equal(first["expert/action_in/kernel"], last["expert/action_in/kernel"])
+    metadata = json.loads((run / "checkpoints" / "2" / "params" / "_METADATA").read_text())
+    kept = {entry["key_metadata"][0]["key"].split("/")[0] for entry in metadata["tree_metadata"].values()}
+    assert kept and kept.isdisjoint(LANGUAGE_MODEL)
 
 
 def test_a_start_that_does_not_fit_is_refused(grounding, acting, other_dataset, tmp_path):

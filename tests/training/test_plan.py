@@ -136,12 +136,13 @@ def test_arithmetic_names_what_would_fit(ready, monkeypatch):
     assert tried["accumulate=2"].memory.total != plan.memory.total
 
 
-def test_what_is_frozen_gets_no_gradient(ready):
+def test_what_is_frozen_gets_no_gradient_no_moments_and_no_average(ready):
     scales = (("^(vision|trunk|words|head|queries)(/|$)", 0.0),)
     frozen = dataclasses.replace(ready, optimizer=dataclasses.replace(ready.optimizer, scales=scales))
     topology = parse_topology("4xH100")
     whole, part = (make_plan(run, FACTS, topology) for run in (ready, frozen))
     assert part.memory.weights == whole.memory.weights
+    assert 0 < part.memory.average < 0.6 * whole.memory.average and part.memory.optimiser < 0.6 * whole.memory.optimiser
     # Gradients of the expert alone, and nothing that the forward pass of the rest would have to keep.
     assert part.memory.rest < 0.5 * whole.memory.rest
     assert part.flops < 0.7 * whole.flops

@@ -40,7 +40,7 @@ def one_step(accumulate: int, frozen: tuple[str, ...] = ()):
     """The state after a step of plain gradient descent, and the metrics."""
     graphdef, _, _ = abstract(Line)
     optimizer = optax.sgd(1.0)
-    state = Beginning(Line, optimizer, jnp.int32(0), ema=False).state(0)
+    state = Beginning(Line, optimizer, jnp.int32(0), ema=True, frozen=frozenset(frozen)).state(0)
     random = np.random.default_rng(0)
     batch = {
         "x": random.normal(size=(12, 3)).astype(np.float32),
@@ -48,7 +48,7 @@ def one_step(accumulate: int, frozen: tuple[str, ...] = ()):
         "carried": np.arange(12) % 3 != 0,  # parts of four differ in how many they hold
     }
     batch["carried"][8:] = False
-    step = make_step(graphdef, objective, optimizer, lambda count: 1.0, 0.0, frozen=frozen, accumulate=accumulate)
+    step = make_step(graphdef, objective, optimizer, lambda count: 1.0, 0.9, accumulate=accumulate)
     return step(state, batch)
 
 
@@ -66,7 +66,8 @@ def test_parts_of_a_batch_are_the_whole_batch(parts):
 @pytest.mark.parametrize("parts", [1, 3])
 def test_frozen_parameters_stay_and_the_others_learn_as_before(parts):
     (whole, expected), (state, metrics) = one_step(parts), one_step(parts, ("layer/bias",))
-    assert state.params["layer/bias"] == 0 != whole.params["layer/bias"]
+    assert set(state.params) == set(state.ema) == {"layer/kernel"}
+    assert state.constants["layer/bias"] == 0 != whole.params["layer/bias"]
     np.testing.assert_allclose(state.params["layer/kernel"], whole.params["layer/kernel"], rtol=1e-6)
     assert metrics["loss"] == expected["loss"]
     # Plain descent at rate 1: the bias went as far as its gradient is long.

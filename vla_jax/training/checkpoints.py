@@ -2,7 +2,7 @@
 
 run/config.json                     the resolved TrainConfig
 run/contract.json, tokenizer.json   what the policy's arrays mean
-run/checkpoints/<step>/             params, ema, constants: flat dictionaries of arrays
+run/checkpoints/<step>/             params (those that are trained), ema, constants: flat dictionaries of arrays
                                     training: optimiser, random key, the objective's own state
                                     meta: data position, last evaluation, hash of the contract (JSON)
 """
@@ -24,7 +24,8 @@ from vla_jax.errors import UserError
 from vla_jax.models.normalizer import DataFacts
 from vla_jax.models.policy import Policy
 from vla_jax.training.metrics import disk_space
-from vla_jax.training.state import TrainState, abstract, merge
+from vla_jax.training.optimizer import frozen_parameters
+from vla_jax.training.state import TrainState, abstract, freeze, merge
 from vla_jax.training.train_config import TrainConfig
 
 WEIGHTS = ("params", "ema", "constants")
@@ -127,6 +128,7 @@ def load_policy(run_dir: str | Path, step: int | None = None, ema: bool = True) 
     config = load_config(run_dir)
     contract = Contract.load(run_dir / "contract.json")
     graphdef, params, constants = abstract(policy_maker(config, contract))
+    params, constants = freeze(params, constants, frozen_parameters(config.optimizer, params))
     weights = "ema" if ema and config.optimizer.ema_decay else "params"
     checkpoints = Checkpoints(run_dir)
     loaded = checkpoints.restore_weights(

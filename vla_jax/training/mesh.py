@@ -148,14 +148,15 @@ def describe(state: TrainState, shardings: TrainState) -> str:
     """The mesh, how the parameters are split, and the bytes that they and the optimiser take on a device."""
     mesh = shardings.step.mesh
     by_spec: dict[str, int] = {}
-    for path, leaf in state.params.items():
-        spec = tuple(axis for axis in shardings.params[path].spec if axis)
+    weights, places = {**state.params, **state.constants}, {**shardings.params, **shardings.constants}
+    for path, leaf in weights.items():
+        spec = tuple(axis for axis in places[path].spec if axis)
         name = "x".join(map(str, spec)) or "whole"
         by_spec[name] = by_spec.get(name, 0) + leaf.size
     total = sum(by_spec.values())
     split = ", ".join(f"{name} {count / total:.1%}" for name, count in sorted(by_spec.items(), key=lambda kv: -kv[1]))
     held = {
-        "parameters": bytes_on_device(state.params, shardings.params),
+        "parameters": bytes_on_device(weights, places),
         "average": bytes_on_device(state.ema, shardings.ema),
         "optimiser": bytes_on_device(state.opt_state, shardings.opt_state),
     }

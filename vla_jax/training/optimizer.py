@@ -27,7 +27,7 @@ class OptimizerConfig:
         weight_decay: of matrices only (parameters named "kernel"): no bias, norm, embedding or query decays.
         clip_norm: the largest global norm of a gradient; 0 switches clipping off.
         scales: pairs (regular expression on parameter paths, factor on the learning rate); the first match counts, what
-            none matches has factor 1, and factor 0 freezes (no gradient, no update, no decay).
+            none matches has factor 1, and factor 0 freezes (no gradient, no moments, no average).
         ema_decay: of the averaged weights, which are evaluated; 0 keeps none.
     """
 
@@ -86,14 +86,14 @@ def frozen_parameters(config: OptimizerConfig, params: Params) -> frozenset[str]
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, params: Params) -> optax.GradientTransformation:
-    """The optimiser of flat parameters; `params` may be shapes only."""
+    """The optimiser of those flat parameters that are not frozen. params: all of them, or their shapes."""
     schedule = make_schedule(config, steps)
-    scales = learning_rate_scales(config, params)
-    decayed = {path: path.rsplit("/", 1)[-1] == "kernel" for path in params}
+    scales = {path: scale for path, scale in learning_rate_scales(config, params).items() if scale > 0}
+    if not scales:
+        raise UserError("optimizer.scales freezes every parameter: leave some to train")
+    decayed = {path: path.rsplit("/", 1)[-1] == "kernel" for path in scales}
 
     def adamw(scale: float) -> optax.GradientTransformation:
-        if scale == 0:
-            return optax.set_to_zero()
         return optax.adamw(
             lambda count: scale * schedule(count),
             b1=config.beta1,
@@ -103,14 +103,12 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: Params) -> optax
             mask=lambda tree: {path: decayed[path] for path in tree},
         )
 
-    # Frozen parameters are dropped before the norm is taken: they must not use up the clipping budget of the others.
-    frozen = {path: scale == 0 for path, scale in scales.items()}
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     by_scale = optax.partition(
         {str(scale): adamw(scale) for scale in set(scales.values())},
         {path: str(scale) for path, scale in scales.items()},
     )
-    return optax.chain(optax.masked(optax.set_to_zero(), frozen), clip, by_scale)
+    return optax.chain(clip, by_scale)
 
 
 def update_average(

@@ -22,7 +22,7 @@ from vla_jax.training.chips import Topology
 from vla_jax.training.costs import BETWEEN_SLICES, Traffic, count_flops, count_traffic, kept_bytes
 from vla_jax.training.mesh import bytes_on_device, in_units, make_mesh
 from vla_jax.training.program import Program, batch_shapes, make_program
-from vla_jax.training.state import merge, trainable
+from vla_jax.training.state import merge
 from vla_jax.training.train_config import TrainConfig
 
 TOWERS = {"qwen3_vl": "qwen_vision", "vit": "vision"}  # vision encoders that can compute layers again
@@ -161,16 +161,15 @@ def _estimate(program: Program, config: TrainConfig, facts: DataFacts, shape: tu
     key = jax.eval_shape(lambda: jax.random.key(0))
 
     def kept(params, constants, batch, key, own):
-        def loss(trained):
-            return program.loss(merge(program.graphdef, {**params, **trained}, constants), batch, key, own)[0]
+        def loss(params):
+            return program.loss(merge(program.graphdef, params, constants), batch, key, own)[0]
 
-        return jax.vjp(loss, trainable(params, program.frozen))
+        return jax.vjp(loss, params)
 
     batch = batch_shapes(config, facts, share=share)
     bare = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), (state.params, state.constants))
     traced = jax.make_jaxpr(kept)(*bare, batch, key, state.gate_state)
-    trained = (trainable(part.params, program.frozen) for part in (state, places))
-    gradients = bytes_on_device(*trained) * (2 if config.accumulate > 1 else 1)
+    gradients = bytes_on_device(state.params, places.params) * (2 if config.accumulate > 1 else 1)
     return gradients + kept_bytes(traced)
 
 
@@ -178,10 +177,9 @@ def _expected_traffic(program: Program, config: TrainConfig, shape: tuple[int, i
     """What has to move: with `fsdp`, weights are gathered for the forward and for the backward pass of every part, and
     gradients are summed to where they lie; over `data`, they are summed again. That of `tensor` is left out."""
     data, fsdp, tensor = shape
-    params = program.shapes.params
     weights, gradients = (
         sum(leaf.size for leaf in part.values()) * jnp.dtype(config.policy.dtype).itemsize / tensor
-        for part in (params, trainable(params, program.frozen))
+        for part in (program.weights, program.shapes.params)
     )
     moved = {}
     if fsdp > 1:

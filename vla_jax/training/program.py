@@ -29,16 +29,19 @@ from vla_jax.training.train_config import TrainConfig
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """graphdef: of the policy. beginning: makes the first state. shapes: the state as shapes, each with its place.
-    frozen: paths of the parameters that are not trained."""
+    """graphdef: of the policy. beginning: makes the first state. shapes: the state as shapes, each with its place."""
 
     graphdef: nnx.GraphDef
     beginning: Beginning
     shapes: TrainState
-    frozen: frozenset[str]
     loss: Objective
     step: Callable[[TrainState, dict[str, Any]], tuple[TrainState, dict[str, Any]]]
     validate: Callable[[TrainState, dict[str, Any], Any], dict[str, Any]]
+
+    @property
+    def weights(self) -> FlatArrays:
+        """Every variable of the policy, trained or not, as shapes, each with its place."""
+        return {**self.shapes.params, **self.shapes.constants}
 
     @property
     def shardings(self) -> TrainState:
@@ -65,7 +68,7 @@ def make_program(config: TrainConfig, facts: DataFacts, mesh: Mesh) -> Program:
     graphdef, params, _ = abstract(make)
     optimizer = make_optimizer(config.optimizer, config.steps, params)
     frozen = frozen_parameters(config.optimizer, params)
-    beginning = Beginning(make, optimizer, initial_gate(), ema=config.optimizer.ema_decay > 0)
+    beginning = Beginning(make, optimizer, initial_gate(), ema=config.optimizer.ema_decay > 0, frozen=frozen)
     shapes = beginning.shapes()
     shardings = state_shardings(shapes, mesh)
     loss = functools.partial(_objective, config=config.loss)
@@ -75,12 +78,11 @@ def make_program(config: TrainConfig, facts: DataFacts, mesh: Mesh) -> Program:
         optimizer,
         make_schedule(config.optimizer, config.steps),
         config.optimizer.ema_decay,
-        frozen=frozen,
         accumulate=config.accumulate,
         shardings=shardings,
     )
     validate = make_validation(graphdef, loss, shardings)
-    return Program(graphdef, beginning, with_shardings(shapes, shardings), frozen, loss, step, validate)
+    return Program(graphdef, beginning, with_shardings(shapes, shardings), loss, step, validate)
 
 
 def batch_shapes(config: TrainConfig, facts: DataFacts, mesh: Mesh | None = None, share: int = 1) -> dict[str, Any]:

@@ -19,8 +19,8 @@ class TrainState:
     """One training run between two steps. Parameters are flat: {"trunk/norm/scale": array}."""
 
     step: Int[Array, ""]  # updates done
-    params: FlatArrays  # nnx.Param of the module: what is trained
-    constants: FlatArrays  # every other variable of the module
+    params: FlatArrays  # what is trained
+    constants: FlatArrays  # every other variable of the module, frozen parameters among them
     ema: FlatArrays  # averaged params; {} where none are kept
     opt_state: Any
     gate_state: Any  # the objective's own state
@@ -32,9 +32,10 @@ def merge(graphdef: nnx.GraphDef, params: FlatArrays, constants: FlatArrays) -> 
     return nnx.merge(graphdef, unflatten({**params, **constants}))
 
 
-def trainable(params: dict[str, Any], frozen: Collection[str]) -> dict[str, Any]:
-    """Those of flat parameters, or of what is said of each, that are not frozen."""
-    return {path: leaf for path, leaf in params.items() if path not in frozen}
+def freeze(params: FlatArrays, constants: FlatArrays, frozen: Collection[str]) -> tuple[FlatArrays, FlatArrays]:
+    """(params, constants), where the parameters whose paths are in `frozen` count as constants."""
+    still = {path: leaf for path, leaf in params.items() if path in frozen}
+    return {path: leaf for path, leaf in params.items() if path not in frozen}, {**constants, **still}
 
 
 def abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, FlatArrays, FlatArrays]:
@@ -47,22 +48,25 @@ def abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, Flat
 class Beginning:
     """How a run begins: its first state, as a function of its seed and of the parameters that are not random.
 
-    make: builds the module. gate_state: the objective's own state. ema: keep averaged weights.
+    make: builds the module. gate_state: the objective's own state. ema: keep averaged weights. frozen: paths of the
+    parameters that are not trained.
     """
 
     make: Callable[[nnx.Rngs], nnx.Module]
     optimizer: optax.GradientTransformation
     gate_state: Any
     ema: bool
+    frozen: frozenset[str] = frozenset()
 
     def __call__(self, key: Array, given: FlatArrays) -> TrainState:
         weights_key, run_key = jax.random.split(key)
         _, params, constants = nnx.split(self.make(nnx.Rngs(weights_key)), nnx.Param, ...)
         params = flatten(params) | {path: leaf.astype(jnp.float32) for path, leaf in given.items()}
+        params, constants = freeze(params, flatten(constants), self.frozen)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            constants=flatten(constants),
+            constants=constants,
             ema=jax.tree.map(jnp.copy, params) if self.ema else {},
             opt_state=self.optimizer.init(params),
             gate_state=self.gate_state,

@@ -1,7 +1,7 @@
 """One update: loss, gradient, optimiser, averaged weights, in one compiled program that reuses the state's memory."""
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from jaxtyping import Array
 from vla_jax.losses.term import Term
 from vla_jax.nn.placement import split_samples, whole
 from vla_jax.training.optimizer import update_average
-from vla_jax.training.state import FlatArrays, TrainState, merge, trainable
+from vla_jax.training.state import FlatArrays, TrainState, merge
 
 Batch = dict[str, Any]
 # (module, batch, key, own state) -> (loss, ({name: Term(value, valid_fraction, weight)}, new own state)); the loss is
@@ -29,7 +29,6 @@ def make_step(
     schedule: optax.Schedule,
     ema_decay: float,
     *,
-    frozen: Collection[str] = (),
     accumulate: int = 1,
     shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
@@ -38,7 +37,6 @@ def make_step(
     Metrics: loss, grad_norm (before clipping), learning_rate (before the modules' scales), and terms {name: Term}.
 
     Args:
-        frozen: paths of parameters that the optimizer leaves alone: their gradients are not computed.
         accumulate: parts into which the batch is cut, one after the other, to save memory: the gradient is that of the
             whole batch (see `accumulated`).
         shardings: where the state lies; None leaves it where it is.
@@ -47,21 +45,19 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
-        def loss_of(trained: FlatArrays, batch: Batch, own: Any):
-            return objective(merge(graphdef, {**state.params, **trained}, state.constants), batch, key, own)
+        def loss_of(params: FlatArrays, batch: Batch, own: Any):
+            return objective(merge(graphdef, params, state.constants), batch, key, own)
 
-        trained = trainable(state.params, frozen)
         if accumulate == 1:
             evaluate = jax.value_and_grad(loss_of, has_aux=True)
-            (loss, (terms, gate_state)), gradient = evaluate(trained, batch, state.gate_state)
+            (loss, (terms, gate_state)), gradient = evaluate(state.params, batch, state.gate_state)
         else:
             loss, terms, gate_state, gradient = accumulated(
-                loss_of, trained, parts_of(batch, accumulate), state.gate_state
+                loss_of, state.params, parts_of(batch, accumulate), state.gate_state
             )
         if shardings is not None:  # summed to where the parameters lie, not to every device
-            gradient = lax.with_sharding_constraint(gradient, trainable(shardings.params, frozen))
-        still = {path: jnp.zeros_like(state.params[path]) for path in frozen}
-        updates, opt_state = optimizer.update({**gradient, **still}, state.opt_state, state.params)
+            gradient = lax.with_sharding_constraint(gradient, shardings.params)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         count = state.step + 1
         new = dataclasses.replace(

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -37,7 +36,7 @@ from vla_jax.training.loop import Loop, first, mean_losses
 from vla_jax.training.mesh import describe, global_rows, local_weights, make_mesh, place_batch, put
 from vla_jax.training.metrics import MetricsWriter, SilentWriter, disk_space
 from vla_jax.training.program import Program, make_program
-from vla_jax.training.state import TrainState, flatten, trained_module
+from vla_jax.training.state import FlatArrays, TrainState, flatten, trained_module
 from vla_jax.training.train_config import TrainConfig, must_match_on_resume
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "mujoco")
@@ -120,9 +119,10 @@ def _first_state(program: Program, config: TrainConfig, contract: Contract, mesh
             "with policy.reasoning a language model speaks, and nobody taught this one: start from a trained one by "
             "init_from=RUN (configs/grounding.py makes one) or pretrained.directory, or add questions"
         )
-    given = load_backbone(directory, config.policy, program.shapes.params, config.seed, mesh) if directory else {}
-    state = program.first_state(config.seed, given)
-    return start_from(config.init_from, state, contract) if config.init_from else state
+    given = load_backbone(directory, config.policy, program.weights, config.seed, mesh) if directory else {}
+    if config.init_from:
+        given |= language_model_of(config.init_from, program.weights, contract)
+    return program.first_state(config.seed, given)
 
 
 def command_to_resume() -> str:
@@ -176,8 +176,11 @@ def _make_data(config: TrainConfig, contract: Contract, split: str):
     return QuestionStream(ask, config.questions.batch_size, data, *process)
 
 
-def start_from(run_dir: str | Path, state: TrainState, contract: Contract) -> TrainState:
-    """The state with the vision-language model of another run (its averaged weights, where it keeps them).
+def language_model_of(run_dir: str | Path, shapes: FlatArrays, contract: Contract) -> FlatArrays:
+    """The vision-language model of another run: its averaged weights, where it keeps them.
+
+    Args:
+        shapes: the weights of the policy that starts from it, each with its place.
 
     Raises:
         UserError: no such run, other words, or a model of another size.
@@ -186,13 +189,12 @@ def start_from(run_dir: str | Path, state: TrainState, contract: Contract) -> Tr
     if theirs.tokenizer != contract.tokenizer:
         raise UserError(f"the run {run_dir} speaks other words than the dataset: collect and train it again")
     given = flatten(nnx.state(policy, nnx.Param))
-    taken = {path: leaf for path, leaf in state.params.items() if path.split("/")[0] in LANGUAGE_MODEL}
+    taken = {path: leaf for path, leaf in shapes.items() if path.split("/")[0] in LANGUAGE_MODEL}
     for path, leaf in taken.items():
         if path not in given or given[path].shape != leaf.shape:
             there = given[path].shape if path in given else "not there"
             raise UserError(f"cannot start from {run_dir}: {path} is {leaf.shape} here and {there} in that run")
-    params = {**state.params, **{path: put(given[path], leaf.sharding) for path, leaf in taken.items()}}
-    return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params) if state.ema else {})
+    return {path: put(given[path], leaf.sharding) for path, leaf in taken.items()}
 
 
 def _validation(config: TrainConfig, contract: Contract, program: Program, mesh: Mesh):
@@ -242,8 +244,10 @@ def _evaluation(config: TrainConfig, contract: Contract, program: Program, run_d
 
 
 def _describe(config: TrainConfig, contract: Contract, program: Program, run_dir: Path) -> None:
-    count = sum(leaf.size for leaf in program.shapes.params.values())
-    print(f"{config.arm}: {count / 1e6:.2f} M parameters, {config.steps} steps of {config.samples} samples")
+    parts = (program.weights, program.shapes.params)
+    count, trained = (sum(leaf.size for leaf in part.values()) / 1e6 for part in parts)
+    print(f"{config.arm}: {count:.2f} M parameters, {trained:.2f} M of them trained")
+    print(f"{config.steps} steps of {config.samples} samples")
     print(describe(program.shapes, program.shardings))
     if config.loss.demonstrations:
         print(describe_data(config.data, contract, config.steps * config.data.batch_size))
