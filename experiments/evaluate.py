@@ -17,6 +17,8 @@ from vla_jax.evaluation.results import Results, compare, save_results
 from vla_jax.platform import setup_compilation_cache
 from vla_jax.training.checkpoints import Checkpoints, load_policy
 
+ACTING = ("execute", "sampler_steps", "guidance", "ema")  # what makes another policy of the same weights
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
@@ -55,24 +57,36 @@ def evaluate_runs(run_dirs: Sequence[Path], settings: Mapping[str, Any], report:
         report: where the page goes; by default report.html of the first run.
     """
     require_extra()
-    evaluator, results, clips = None, [], {}
+    first, results, runs, clips, ema = None, [], [], {}, settings.get("ema", True)
     for run_dir in run_dirs:
-        policy, contract, trained = load_policy(run_dir, settings.get("step"), settings.get("ema", True))
-        if evaluator is None:
+        policy, contract, trained = load_policy(run_dir, settings.get("step"), ema)
+        if first is None:
             own = {**dataclasses.asdict(trained.eval), **settings.get("eval", {})}
-            evaluator = Evaluator(contract, configuration.resolve(EvalConfig, own, "eval"))
-        evaluator.check(contract, str(run_dir))
+            first = Evaluator(contract, configuration.resolve(EvalConfig, own, "eval"))
+        evaluator = first.reading(contract, str(run_dir))
         step = settings.get("step") or Checkpoints(run_dir).steps[-1]
-        results.append(evaluator(policy, trained.arm, step))
-        save_results(run_dir, results[-1])
+        changes = _changes(trained.eval, evaluator.config, ema)
+        acts = [f"{name}={value}" for name, value in changes.items() if name in ACTING]
+        results.append(evaluator(policy, " ".join([trained.arm, *acts]), step))
+        save_results(run_dir, results[-1], ",".join(f"{name}={value}" for name, value in changes.items()))
+        runs.append(dataclasses.replace(load_run(run_dir), name=results[-1].arm, results=[results[-1]]))
         clips[run_dir] = evaluator.film(policy, results[-1])
         print(f"{format_table(results[-1].rows)}\n", flush=True)
     print(_comparisons(results), end="")
-    runs = [load_run(run_dir) for run_dir in run_dirs]
     path = write_report(report or run_dirs[0] / "report.html", runs, clips)
     stills = write_stills(path.with_suffix(".png"), runs, clips)
     print(f"report: {path}" + (f"   stills: {stills}" if stills else ""))
     return path
+
+
+def _changes(own: EvalConfig, used: EvalConfig, ema: bool) -> dict[str, str]:
+    """The settings that could change an outcome and are not the run's own, as text for a file's name."""
+    differing = configuration.diff(own, used) | ({} if ema else {"ema": (True, False)})
+
+    def text(value: Any) -> str:
+        return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    return {name: text(value) for name, (_, value) in sorted(differing.items()) if name not in ("videos", "batch")}
 
 
 def _comparisons(results: Sequence[Results]) -> str:

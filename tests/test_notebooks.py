@@ -171,6 +171,7 @@ def test_evaluation_leaves_numbers_and_a_page(runs):
 
 def test_settings_change_one_evaluation(runs, tmp_path, capsys):
     run_dir = shutil.copytree(runs[1], tmp_path / "run")
+    before = load_run(run_dir).last
     command = [f"--workdir={run_dir}", f"--config={ROOT}/configs/evaluate.py", f"--report={tmp_path}/page.html"]
     with pytest.raises(UserError, match="did you mean 'eval.scenes'"):
         main([*command, "--config.eval.scnes=3"])
@@ -178,6 +179,10 @@ def test_settings_change_one_evaluation(runs, tmp_path, capsys):
     assert (tmp_path / "page.html").is_file() and not (run_dir / "report.html").exists()
     (row,) = json.loads((run_dir / "results.json").read_text())["rows"]
     assert row["split"] == "swapped" and row["trials"] == 3
+    name = f"{before.step:08d}-scenes=3,splits=swapped.json"
+    assert (run_dir / "evaluation" / name).is_file() and load_run(run_dir).last == before
+    main([*command, "--config.step=4", "--config.eval.guidance=2.0"])
+    assert "full guidance=2.0<small>step 4<" in (tmp_path / "page.html").read_text()
     assert f"report: {tmp_path}/page.html" in capsys.readouterr().out
 
 

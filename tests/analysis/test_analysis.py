@@ -32,10 +32,14 @@ def make_run(directory, arm, success, mark="same"):
     return load_run(directory)
 
 
-def test_runs_beside_a_run_are_found_and_compared(tmp_path):
+def test_runs_beside_a_run_are_found_and_compared(tmp_path, capsys):
     first, second = make_run(tmp_path / "a", "baseline", [1, 0, 0, 0]), make_run(tmp_path / "b", "full", [1, 1, 0, 1])
     (tmp_path / "data").mkdir()
+    (tmp_path / "compared").mkdir()
+    (tmp_path / "compared" / "results.json").write_text("{}")  # of a comparison: no run
+    make_run(tmp_path / "c", "elsewhere", [1, 1, 1, 1], mark="other")
     assert [run.name for run in sibling_runs(second)] == ["baseline"]
+    assert "without" in (said := capsys.readouterr().out) and "other scenes" in said
     (row,) = compare_runs(first, second)
     assert row["split"] == "swapped" and row["difference"] == 0.5 and row["only_second"] == 2
     assert "1/4" in success_table(first, second) and "3/4" in success_table(first, second)

@@ -1,6 +1,7 @@
 """Judging policies on the real table, small."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -99,9 +100,27 @@ def test_pictures_of_another_look_are_refused(make_contract):
 
 
 def test_another_tasks_policy_is_refused(evaluator, make_contract):
-    evaluator.check(make_contract(), "runs/b")
     with pytest.raises(UserError, match="runs/b was trained on task 'pick'"):
-        evaluator.check(make_contract(task="pick"), "runs/b")
+        evaluator.reading(make_contract(task="pick"), "runs/b")
+    with pytest.raises(UserError, match=f"drawn by look {LOOK + 1}"):
+        evaluator.reading(make_contract(look=LOOK + 1), "runs/b")
+
+
+def test_every_policy_reads_the_same_texts_by_its_own_tokenizer(evaluator, make_contract):
+    ours = make_contract()
+    words = json.loads(ours.tokenizer)
+    vocabulary = words["model"]["vocab"]
+    first, second = [word for word in vocabulary if word.isalpha()][:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    theirs = dataclasses.replace(ours, tokenizer=json.dumps(words), max_tokens=ours.max_tokens + 3)
+    other = evaluator.reading(theirs, "runs/b")
+    for split, trials in other._trials.items():
+        tokens, mask = theirs.encode(evaluator._texts[split])
+        np.testing.assert_array_equal(trials.tokens, tokens)
+        np.testing.assert_array_equal(trials.token_mask, mask)
+        np.testing.assert_array_equal(trials.index, evaluator._trials[split].index)
+    results = other(Drift(0.01), arm="other")
+    assert compare(evaluator(Drift(0.01)), results)["in_distribution"].difference == 0
 
 
 def test_splits_and_counts_are_checked(make_contract):
@@ -109,6 +128,8 @@ def test_splits_and_counts_are_checked(make_contract):
         Evaluator(make_contract(), dataclasses.replace(CONFIG, splits=("swaped",)))
     with pytest.raises(UserError, match="eval.scenes is 0"):
         EvalConfig(scenes=0)
+    with pytest.raises(UserError, match="eval.max_ticks is -1"):
+        EvalConfig(max_ticks=-1)
 
 
 class ExpertTable(Tabletop):

@@ -76,6 +76,14 @@ def test_saved_results_come_back(tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_results_under_other_settings_stand_beside_the_runs_own(tmp_path):
+    own, guided = results(np.ones(4, bool), step=200), results(np.zeros(4, bool), "full guidance=2.0", step=200)
+    save_results(tmp_path, own)
+    path = save_results(tmp_path, guided, "guidance=2.0")
+    assert load_results(tmp_path) == [guided, own], "the run's own comes last"
+    assert json.loads(path.read_text())["arm"] == "full guidance=2.0"
+
+
 def test_damaged_results_are_named(tmp_path):
     save_results(tmp_path, results(np.ones(4, bool)))
     (tmp_path / "evaluation" / "00000100.json").write_text('{"arm": ')
@@ -93,6 +101,9 @@ def test_comparison_refuses_other_scenes():
     first = results(np.ones(4, bool), "a")
     with pytest.raises(UserError, match="other scenes of 'in_distribution'"):
         compare(first, results(np.ones(4, bool), "b", mark="other"))
+    table = dataclasses.replace(first, config={"env": {**first.config["env"], "task": "pick"}})
+    with pytest.raises(UserError, match="judged on another task: reach and pick"):
+        compare(first, table)
     with pytest.raises(UserError, match="share no split"):
         compare(first, results(np.ones(4, bool), "b", splits=("swapped",)))
 

@@ -27,9 +27,20 @@ def compare_runs(first: Run, second: Run) -> list[dict[str, Any]]:
 
 
 def sibling_runs(run: Run) -> list[Run]:
-    """The other evaluated runs in the directory that holds this one, by name."""
-    found = sorted(path.parent for path in run.directory.parent.glob("*/results.json"))
-    return [load_run(directory) for directory in found if directory != run.directory]
+    """The other runs in the directory that holds this one, by name, where both were judged on the same scenes.
+
+    It prints which it leaves out, and why.
+    """
+    found = sorted(path.parent for path in run.directory.parent.glob("*/evaluation"))
+    siblings = [load_run(directory) for directory in found if directory != run.directory]
+    comparable = []
+    for sibling in siblings:
+        try:
+            compare(_last(run), _last(sibling))
+            comparable.append(sibling)
+        except UserError as error:
+            print(f"without {sibling.directory}: {error}")
+    return comparable
 
 
 def _last(run: Run):

@@ -7,6 +7,7 @@ An Evaluator keeps its scenes and its compiled program, so that evaluating the n
 two arms meet the same scenes and the same noise.
 """
 
+import copy
 import dataclasses
 import time
 from typing import Any
@@ -61,6 +62,9 @@ class EvalConfig:
         for name in ("scenes", "execute", "sampler_steps", "batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"eval.{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("videos", "max_ticks"):
+            if getattr(self, name) < 0:
+                raise UserError(f"eval.{name} is {getattr(self, name)}: it must not be negative")
         if not self.splits:
             raise UserError(f"eval.splits is empty: name some of {', '.join(SPLITS)}")
 
@@ -122,11 +126,21 @@ class Evaluator:
         self._trials = {split: self._make_trials(split) for split in config.splits}
         self._run, self._film = self._compile(False), self._compile(True)
 
-    def check(self, contract: Contract, what: str) -> None:
-        """Raises UserError unless a policy of this contract can be judged on these scenes."""
+    def reading(self, contract: Contract, what: str) -> "Evaluator":
+        """The same scenes and programs for policies of another contract: each reads the texts by its own tokenizer.
+
+        Raises:
+            UserError: a policy of this contract, called `what` in the message, cannot be judged on these scenes.
+        """
         self.contract.check_interface(contract, what)
-        if (task := contract.facts.get("task")) != self.world.env.task:
+        if (task := World.of(contract, self.config).env.task) != self.world.env.task:
             raise UserError(f"{what} was trained on task {task!r} and cannot be judged on {self.world.env.task!r}")
+        other = copy.copy(self)
+        other.contract, other._trials = contract, {}
+        for split, trials in self._trials.items():
+            tokens, mask = contract.encode(self._texts[split])
+            other._trials[split] = dataclasses.replace(trials, tokens=tokens, token_mask=mask)
+        return other
 
     def _compile(self, record: bool):
         return make_rollout(

@@ -43,7 +43,7 @@ class Run:
 
     @property
     def last(self) -> Results | None:
-        """The newest evaluation."""
+        """The evaluation of the newest weights, as the run itself says where there is one."""
         return self.results[-1] if self.results else None
 
 

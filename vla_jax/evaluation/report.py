@@ -28,7 +28,7 @@ GOOD, BAD = (20, 120, 75), (185, 40, 50)
 SPLIT_MEANING = {
     "in_distribution": "new scenes, the training law",
     "swapped": "same scenes, the words name an object that the look does not",
-    "all_instructions": "every valid command of a scene",
+    "all_instructions": "every valid command of a scene; commands of one scene are alike, so intervals are too narrow",
     "new_backgrounds": "table colours never seen in training",
     "held_out_pairs": "colour-shape pairs never seen in training",
     "paraphrases": "same scenes and commands in wordings never seen in training",

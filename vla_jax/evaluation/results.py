@@ -118,7 +118,11 @@ def compare(first: Results, second: Results) -> dict[str, Comparison]:
     """
     common = [split for split in first.scenes if split in second.scenes]
     if not common:
-        raise UserError(f"{first.arm} and {second.arm} share no split; evaluate both with the same --config.splits")
+        raise UserError(f"{first.arm} and {second.arm} share no split; evaluate both with the same eval.splits")
+    for name in ("task", "embodiment"):  # the fingerprint knows scenes and commands alone
+        was, now = (result.config.get("env", {}).get(name) for result in (first, second))
+        if was != now:
+            raise UserError(f"{first.arm} and {second.arm} were judged on another {name}: {was} and {now}")
     for split in common:
         if first.fingerprints[split] != second.fingerprints[split]:
             raise UserError(
@@ -128,17 +132,28 @@ def compare(first: Results, second: Results) -> dict[str, Comparison]:
     return {split: compare_paired(first.success(split), second.success(split)) for split in common}
 
 
-def save_results(run_dir: str | Path, results: Results) -> Path:
-    """Writes evaluation/<step>.json (all scenes) and results.json (the newest summary); returns the latter's path."""
+def save_results(run_dir: str | Path, results: Results, changes: str = "") -> Path:
+    """Writes evaluation/<step>.json (all scenes) and results.json (the summary of what was judged last).
+
+    changes: how it was judged otherwise than the run says, as "guidance=2.0": such results, evaluation/<step>-<changes>
+    .json, stand beside the run's own.
+
+    Returns:
+        The path of results.json.
+    """
     run_dir = Path(run_dir)
-    write_atomically(run_dir / "evaluation" / f"{results.step:08d}.json", json.dumps(dataclasses.asdict(results)))
+    name = f"{results.step:08d}-{changes}" if changes else f"{results.step:08d}"
+    write_atomically(run_dir / "evaluation" / f"{name}.json", json.dumps(dataclasses.asdict(results)))
     path = run_dir / "results.json"
     write_atomically(path, json.dumps(results.summary(), indent=1))
     return path
 
 
 def load_results(run_dir: str | Path) -> list[Results]:
-    """Every evaluation saved in a run directory, by training step; [] where there is none."""
+    """Every evaluation saved in a run directory, by training step; [] where there is none.
+
+    Of one step, what was judged otherwise than the run says comes first: the last of all is the run's own.
+    """
     loaded = []
     for path in sorted(Path(run_dir).glob("evaluation/*.json")):
         try:
