@@ -13,14 +13,15 @@ from statistics import NormalDist
 import numpy as np
 from jaxtyping import Bool
 
+CONFIDENCE = 0.95  # of every interval
 
-def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Score interval of a binomial rate (Wilson 1927), well behaved at 0 % and 100 %.
+
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """95 % score interval of a binomial rate (Wilson 1927), well behaved at 0 % and 100 %.
 
     Args:
         successes: number of successes, 0 .. trials.
         trials: number of trials, at least 1.
-        confidence: probability mass of the interval.
 
     Returns:
         (low, high) in [0, 1].
@@ -30,7 +31,7 @@ def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float
     """
     if trials < 1 or not 0 <= successes <= trials:
         raise ValueError(f"{successes} successes in {trials} trials is not a count of outcomes")
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     rate = successes / trials
     centre = rate + z * z / (2 * trials)
     half = z * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials))
@@ -68,7 +69,6 @@ class Comparison:
 def compare_paired(
     first: Bool[np.ndarray, "B"],
     second: Bool[np.ndarray, "B"],
-    confidence: float = 0.95,
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Comparison:
@@ -88,7 +88,7 @@ def compare_paired(
     shares = np.array([only_first, only_second, trials - only_first - only_second]) / trials
     counts = np.random.default_rng(seed).multinomial(trials, shares, size=resamples)
     differences = (counts[:, 1] - counts[:, 0]) / trials
-    low, high = np.quantile(differences, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    low, high = np.quantile(differences, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Comparison(
         difference=(only_second - only_first) / trials,
         low=float(low),
@@ -114,7 +114,6 @@ class SeedComparison:
 def compare_seeds(
     first: Bool[np.ndarray, "S B"],
     second: Bool[np.ndarray, "S B"],
-    confidence: float = 0.95,
     resamples: int = 10_000,
     seed: int = 0,
 ) -> SeedComparison:
@@ -135,7 +134,7 @@ def compare_seeds(
     seed_counts = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)
     scene_counts = random.multinomial(scenes, np.full(scenes, 1 / scenes), size=resamples)
     differences = ((seed_counts @ gaps) * scene_counts).sum(1) / gaps.size
-    low, high = np.quantile(differences, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    low, high = np.quantile(differences, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     beyond = min((differences <= 0).sum(), (differences >= 0).sum())
     return SeedComparison(
         difference=float(gaps.mean()),
