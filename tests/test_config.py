@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -13,6 +14,8 @@ from ml_collections import ConfigDict
 
 from vla_jax import config as C
 from vla_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,6 +263,17 @@ def test_help_says_what_can_be_given(capsys):
     with pytest.raises(SystemExit) as stop:
         C.parse_args(["--help"], default_config="configs/x.py", flags=("resume",), options=("split",))
     assert stop.value.code == 0
-    assert capsys.readouterr().out == (
+    assert capsys.readouterr().out.startswith(
         "usage: --config=configs/x.py[:ARG] [--config.KEY=VALUE …] [--workdir=DIR] [--resume] [--split=…]\n"
     )
+    command = [sys.executable, "-m", "experiments.evaluate", "--help"]
+    said = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=120).stdout
+    assert "--compare=runs/y" in said and "ema: averaged weights" in said, "the module's text and the schema's"
+
+
+def test_entry_points_start_without_the_libraries_that_draw():
+    hide = "import sys; sys.modules.update(dict.fromkeys(('matplotlib', 'PIL', 'av', 'tensorboardX')))"
+    verbs = "collect, convert, inspect, train, evaluate, compare, study, balance, steer, dsrl, plan"
+    command = [sys.executable, "-c", f"{hide}; from experiments import {verbs}"]
+    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

@@ -97,7 +97,7 @@ def parse_args(
     while arguments:
         argument = arguments.pop(0)
         if argument in ("-h", "--help"):
-            print(_usage(default_config, flags, options))
+            print(_help(schema, default_config, flags, options))
             raise SystemExit(0)
         if not argument.startswith("--"):
             raise UserError(f"unexpected argument {argument!r}: settings are written --config.key=value")
@@ -221,3 +221,12 @@ def _usage(default_config: str | None, flags: Sequence[str], options: Sequence[s
     config = f"--config={default_config or 'FILE.py'}[:ARG]"
     extra = [f"[--{name}]" for name in flags] + [f"[--{name}=…]" for name in options]
     return " ".join(["usage:", config, "[--config.KEY=VALUE …]", "[--workdir=DIR]", *extra])
+
+
+def _help(schema: type | None, default_config: str | None, flags: Sequence[str], options: Sequence[str]) -> str:
+    """How the entry point is called, what it says of itself, and the settings that --config.KEY may name."""
+    parts = [_usage(default_config, flags, options), inspect.getdoc(sys.modules["__main__"])]
+    if schema:
+        parts += [f"Settings (KEY; a group's are group.KEY): {inspect.getdoc(schema)}"]
+    parts += ["ARG: what a configuration may be varied by stands at the head of its file."]
+    return "\n\n".join(part for part in parts if part)

@@ -7,7 +7,6 @@ import io
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw, ImageFont
 
 CAPTION_ROWS = 3
 FONT_SIZE = 13
@@ -18,6 +17,8 @@ def caption(
     text: str, width: int, colour: tuple[int, int, int], rows: int = CAPTION_ROWS
 ) -> UInt8[np.ndarray, "H W 3"]:
     """A strip of fixed height with `text` wrapped into it, so that strips stand flush side by side."""
+    from PIL import Image, ImageDraw, ImageFont
+
     font = ImageFont.load_default(FONT_SIZE)
     height = rows * (FONT_SIZE + MARGIN) + MARGIN
     strip = Image.new("RGB", (width, height), (255, 255, 255))
@@ -74,6 +75,8 @@ def stacked(
 
 def encode_png(picture: UInt8[np.ndarray, "H W 3"]) -> bytes:
     """PNG."""
+    from PIL import Image
+
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "png", optimize=True)
     return buffer.getvalue()
