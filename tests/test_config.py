@@ -136,6 +136,13 @@ def test_without_a_schema_values_take_the_type_of_the_file(file):
         C.parse_args([f"--config={file}", "--config.steps=many"])
 
 
+def test_a_setting_without_its_group_gets_the_groups_that_have_it(file):
+    with pytest.raises(
+        UserError, match="unknown key 'width': did you mean 'model.trunk.width' or 'model.expert.width'"
+    ):
+        C.parse_args([f"--config={file}", "--config.width=3"], schema=Root)
+
+
 @pytest.mark.parametrize("schema", [Root, None])
 @pytest.mark.parametrize(
     ("flag", "message"),

@@ -37,6 +37,7 @@ from vla_jax.schema import (
     entries_of,
     from_json,
     join,
+    keys_named,
     listing,
     nearest,
     parse_bool,
@@ -189,6 +190,9 @@ def _parse_by_schema(schema: type, config: ConfigDict, key: str, text: str) -> A
         # A mapping has the entries that the file gives it: a misspelt name must not become a new one.
         known = [field.name for field in dataclasses.fields(group)] if group else list(present or ())
         if name not in known:
+            if inside := keys_named(expected, name):
+                meant = " or ".join(f"'{join(path, key)}'" for key in inside)
+                raise UserError(f"unknown key '{join(path, name)}': did you mean {meant}?")
             raise UserError(unknown_key(join(path, name), [join(path, field) for field in known]))
         expected, path = typing.get_type_hints(group)[name] if group else entries, join(path, name)
         present = present.get(name) if isinstance(present, ConfigDict) else None

@@ -200,6 +200,15 @@ def _flatten(config: Any, path: str = "") -> dict[str, Any]:
     return {k: v for name, value in config.items() for k, v in _flatten(value, join(path, str(name))).items()}
 
 
+def keys_named(schema: Any, name: str) -> list[str]:
+    """The dotted keys inside a dataclass's groups whose last part is `name`."""
+    if (group := dataclass_in(schema)) is None:
+        return []
+    inside = {field.name: typing.get_type_hints(group)[field.name] for field in dataclasses.fields(group)}
+    deeper = [join(field, key) for field, expected in inside.items() for key in keys_named(expected, name)]
+    return [*(field for field in inside if field == name), *deeper]
+
+
 def unknown_key(key: str, known: Sequence[str]) -> str:
     return f"unknown key '{key}'{nearest(key, known)}"
 
