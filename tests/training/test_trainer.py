@@ -159,9 +159,14 @@ def test_settings_of_earlier_versions_are_read(config, copy):
 def test_going_on_does_not_need_the_run_it_started_from(config, copy, tmp_path):
     config = dataclasses.replace(config, init_from=str(copy), steps=4, checkpoint_every=4, validate_every=0)
     started = train(config, tmp_path / "started")
+    another = dataclasses.replace(config, init_from=str(tmp_path / "moved"), steps=5)
+    with pytest.raises(UserError, match="init_from was .*run', is .*moved'"):
+        train(another, started, resume=True)
     shutil.rmtree(copy)
-    train(dataclasses.replace(config, steps=5), started, resume=True)
-    assert Checkpoints(started).steps[-1] == 5
+    train(another, started, resume=True)
+    assert Checkpoints(started).steps[-1] == 5, "of a run that has moved, the new place is as good"
+    with pytest.raises(UserError, match="init_from was .*moved', is ''"):
+        train(dataclasses.replace(config, init_from=""), started, resume=True)
     with pytest.raises(UserError, match="no run directory"):
         train(config, tmp_path / "new")
 

@@ -141,11 +141,18 @@ def _check_run_dir(run_dir: Path, config: TrainConfig, contract: Contract, resum
         contract, f"the dataset at {config.data.directory or contract.dataset}"
     )
     changed = {key: pair for key, pair in diff(load_config(run_dir), config).items() if must_match_on_resume(key)}
+    if _may_be_one_run(*changed.get("init_from", ("", ""))):
+        del changed["init_from"]
     if changed:
         listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
         raise UserError(
             f"cannot resume {run_dir} with other settings: {listed}. Choose another --workdir for a new run"
         )
+
+
+def _may_be_one_run(old: str, new: str) -> bool:
+    """Whether two paths can be of one run: they lead to one place, or what was at the old one has moved."""
+    return bool(old and new) and (not Path(old).exists() or Path(old).resolve() == Path(new).resolve())
 
 
 def _restore(checkpoints: Checkpoints, like: TrainState, data: Any) -> tuple[TrainState, dict[str, Any]]:
