@@ -5,19 +5,20 @@ python -m experiments.train --config=configs/train.py:balanced --config.data.dir
     --config.data.weights=runs/balance/information.json --workdir=runs/x
 
 Trains a language model on the demonstrations' pictures and instructions, then asks it of every episode how much the
-picture tells about the instruction. The same command goes on where it was stopped.
+picture tells about the instruction. The same command goes on where it was stopped; one with other settings is refused.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.compare import train_once
+from experiments.compare import check_steps, train_once
 from vla_jax import config as configuration
 from vla_jax.errors import UserError
 from vla_jax.platform import setup_compilation_cache
 from vla_jax.training.balance import write_information
 from vla_jax.training.checkpoints import load_policy
 from vla_jax.training.train_config import TrainConfig
+from vla_jax.training.trainer import check_run
 
 
 def main(argv: Sequence[str]) -> None:
@@ -32,7 +33,10 @@ def main(argv: Sequence[str]) -> None:
 def balance_once(config: TrainConfig, run_dir: Path) -> Path:
     """The path of the demonstrations' weights, which are computed where they are not there yet."""
     path = run_dir / "information.json"
-    if not path.exists():
+    if path.exists():
+        check_steps(run_dir, config)
+        check_run(run_dir, config)
+    else:
         policy, contract, _ = load_policy(train_once(config, run_dir))
         print(write_information(policy, contract, config.data.directory, path))
     print(f"weights: {path}")

@@ -2,7 +2,8 @@
 
 python -m experiments.compare --config=configs/quickstart.py --workdir=runs/quickstart
 
-What is there already is kept: the same command goes on where it was stopped. Layout of the run directory:
+What is there already is kept: the same command goes on where it was stopped, and one with other settings is refused.
+Layout of the run directory:
 
     data/<dataset>/1.0.0    the demonstrations
     <arm>/                  one training (see experiments.train)
@@ -15,11 +16,13 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments.evaluate import evaluate_runs
 from vla_jax import config as configuration
+from vla_jax.data.dataset import open_dataset
 from vla_jax.data.rlds import dataset_path
 from vla_jax.envs.collect import CollectConfig, collect
 from vla_jax.errors import UserError
@@ -27,9 +30,9 @@ from vla_jax.evaluation.report import require_extra
 from vla_jax.evaluation.results import compare, load_results
 from vla_jax.files import write_atomically
 from vla_jax.platform import setup_compilation_cache
-from vla_jax.training.checkpoints import Checkpoints
+from vla_jax.training.checkpoints import Checkpoints, load_config
 from vla_jax.training.train_config import TrainConfig
-from vla_jax.training.trainer import train
+from vla_jax.training.trainer import check_run, train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +65,8 @@ def run(config: CompareConfig, workdir: Path) -> Path:
     for name, arm in config.arms.items():
         arm = dataclasses.replace(arm, arm=name, data=dataclasses.replace(arm.data, directory=str(dataset)))
         run_dirs.append(train_once(arm, workdir / name))
-    report = evaluate_runs(run_dirs, {}, workdir / "report.html")
+    first = next(iter(config.arms.values()))  # how a run is judged may have changed since it was trained
+    report = evaluate_runs(run_dirs, {"eval": dataclasses.asdict(first.eval)}, workdir / "report.html")
     _save_results(run_dirs, workdir)
     print(f"results: {workdir / 'results.json'}   ({(time.perf_counter() - began) / 60:.1f} min in all)")
     return report
@@ -70,21 +74,63 @@ def run(config: CompareConfig, workdir: Path) -> Path:
 
 def collect_once(config: CollectConfig, directory: Path) -> Path:
     """The path of the demonstrations, which are collected where they are not there yet."""
-    dataset = dataset_path(directory, config.dataset_name)
-    if dataset.exists():
-        print(f"demonstrations: {dataset} is there already")
+    path = dataset_path(directory, config.dataset_name)
+    if path.exists():
+        dataset = open_dataset(path)
+        size = next(iter(dataset.interface.images.values()))[0]
+        facts = {"embodiment": dataset.interface.embodiment, "image_size": size, "episodes": len(dataset)}
+        check_demonstrations(config, dataset.facts | facts, path)
+        print(f"demonstrations: {path} is there already")
     else:
         print(collect(config, directory).summary())
-    return dataset
+    return path
+
+
+def check_demonstrations(config: CollectConfig, facts: Mapping[str, Any], path: Path) -> None:
+    """Raises UserError where facts about demonstrations, those at `path`, are not what the settings ask for."""
+    asked = {
+        "task": config.env.task,
+        "embodiment": config.env.embodiment,
+        "image_size": config.env.image_size,
+        "coupling": config.bias.coupling,
+        "rho": config.bias.rho,
+        "objects": config.scene.objects,
+        "noise": config.noise,
+        "seed": config.seed,
+        "episodes": config.episodes,
+    }
+    differing = [
+        f"{name} was {facts[name]!r}, is {value!r}"
+        for name, value in asked.items()
+        if facts.get(name, value) != value  # a fact that is not written down says nothing
+    ]
+    if differing:
+        raise UserError(f"the demonstrations of {path} are others: {'; '.join(differing)}. Choose another --workdir")
 
 
 def train_once(config: TrainConfig, run_dir: Path) -> Path:
-    """Trains one arm, or goes on with it; a finished one is left as it is."""
+    """Trains one arm, or goes on with it; a finished one is left as it is.
+
+    Raises:
+        UserError: what is there is a run with other settings or other data, or with more steps.
+    """
     started = run_dir.is_dir() and any(run_dir.iterdir())
-    if started and config.steps in Checkpoints(run_dir).steps:
+    steps = Checkpoints(run_dir).steps[-1] if Checkpoints.exist(run_dir) else 0
+    if steps > config.steps:
+        raise UserError(f"{run_dir} has {steps} steps already: set steps to that, or choose another --workdir")
+    if steps == config.steps:
+        check_run(run_dir, config)
         print(f"{config.arm}: {run_dir} is trained already")
         return run_dir
     return train(config, run_dir, resume=started, resume_command=shlex.join(sys.orig_argv))
+
+
+def check_steps(run_dir: Path, config: TrainConfig) -> None:
+    """Raises UserError where the run there was to have another number of steps: what was made of it would not fit."""
+    if (steps := load_config(run_dir).steps) != config.steps:
+        raise UserError(
+            f"{run_dir} is a run with other settings: steps was {steps}, is {config.steps}. Choose another --workdir"
+        )
 
 
 def _save_results(run_dirs: Sequence[Path], workdir: Path) -> None:

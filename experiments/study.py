@@ -6,7 +6,8 @@ A cell is one training and its evaluation. On several accelerators each takes on
 its own; --config.workers=N divides the cores of a machine without accelerators. --cell=NAME runs one cell alone.
 
 What is there already is kept: the same command goes on where it was stopped, a larger study reuses the cells of a
-smaller one in the same directory, and a command that is started twice there shares the work with itself. Layout:
+smaller one in the same directory, and a command that is started twice there shares the work with itself. Cells of other
+settings are refused. Layout:
 
     data/<coupling>-rho<rho>/   demonstrations
     grounding/<coupling>/       the language model that every training of a coupling starts from
@@ -31,8 +32,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from experiments.balance import balance_once
-from experiments.compare import collect_once, train_once
+from experiments.compare import check_demonstrations, collect_once, train_once
 from vla_jax import config as configuration
+from vla_jax.data.contract import Contract
 from vla_jax.envs.bias import BiasConfig
 from vla_jax.envs.collect import CollectConfig
 from vla_jax.errors import UserError
@@ -44,9 +46,9 @@ from vla_jax.evaluation.retention import answer_accuracy
 from vla_jax.evaluation.study import Cell, comparisons, figure, load_cells, markdown, measure_table, save_cell, table
 from vla_jax.files import write_atomically
 from vla_jax.platform import setup_compilation_cache
-from vla_jax.training.checkpoints import load_policy
+from vla_jax.training.checkpoints import has_begun, load_config, load_policy
 from vla_jax.training.train_config import TrainConfig
-from vla_jax.training.trainer import provenance
+from vla_jax.training.trainer import check_settings, on_pretrained, provenance
 from vla_jax.workers import Place, Workers, claim, places
 
 
@@ -149,8 +151,9 @@ def run(config: StudyConfig, workdir: Path) -> None:
     """Trains and judges every cell that has no result yet, here and one after another; writes the table after each.
 
     Raises:
-        UserError: cells failed; the others were run.
+        UserError: a result is of other settings; or cells failed, and the others were run.
     """
+    _check_results(config, workdir, config.cells())
     progress, failed = Progress(config, workdir), {}
     while cell := _next(config, workdir, failed):
         print(f"{progress}   next: {cell.name}", flush=True)
@@ -170,9 +173,10 @@ def spread(config: StudyConfig, workdir: Path, where: Sequence[Place], command: 
     """As `run`, with a process for each cell, one at a time in each place. command: this one, to run one cell with.
 
     Raises:
-        UserError: cells failed; the others were run.
+        UserError: a result is of other settings; or cells failed, and the others were run.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, when every process has saved.
     """
+    _check_results(config, workdir, config.cells())
     progress, failed = Progress(config, workdir), {}
     print(f"{progress}   {len(where)} workers, logs in {workdir / 'logs'}", flush=True)
     with Workers(where) as workers:
@@ -200,33 +204,77 @@ def run_cell(config: StudyConfig, cell: Cell, workdir: Path) -> None:
         if not mine:
             print(f"{cell.name}: another process is at it")
         elif _result(workdir, cell).exists():
+            _check_results(config, workdir, [cell])
             print(f"{cell.name} has a result already")
         else:
             _run_claimed(config, cell, workdir)
 
 
 def _run_claimed(config: StudyConfig, cell: Cell, workdir: Path) -> None:
-    rho = 1.0 if cell.arm in config.unbiased else cell.rho
-    bias = dataclasses.replace(config.collect.bias, coupling=cell.coupling, rho=rho)
-    directory = workdir / "data" / f"{cell.coupling}-rho{rho:g}"
-    with claim(_claim(workdir, directory.name), wait=True):
-        dataset = collect_once(dataclasses.replace(config.collect, bias=bias), directory)
-    arm = config.arms[cell.arm]
-    data = dataclasses.replace(arm.data, directory=str(dataset), seed=cell.seed)
+    dataset = _demonstrations(config, cell.coupling, _rho(config, cell), workdir)
+    arm = _arm(config, cell)
     start = arm.init_from
     if not start and cell.arm not in config.scratch:
         start = _ground(config, cell.coupling, dataset, workdir)
+    data = dataclasses.replace(arm.data, directory=str(dataset))
     if data.balance and not data.weights:
-        data = dataclasses.replace(data, weights=str(_balance(config, directory.name, dataset, start, workdir)))
-    arm = dataclasses.replace(arm, arm=cell.arm, seed=cell.seed, data=data, init_from=start)
-    run_dir = train_once(arm, workdir / "runs" / cell.name)
-    policy, contract, trained = load_policy(run_dir)
-    world = dataclasses.replace(World.of(contract, trained.eval), bias=BiasConfig(cell.coupling, cell.rho))
-    results = Evaluator(contract, trained.eval, world)(policy, cell.arm, arm.steps)
+        name = _data_name(cell.coupling, _rho(config, cell))
+        data = dataclasses.replace(data, weights=str(_balance(config, name, dataset, start, workdir)))
+    run_dir = train_once(dataclasses.replace(arm, data=data, init_from=start), workdir / "runs" / cell.name)
+    policy, contract, _ = load_policy(run_dir)
+    world = dataclasses.replace(World.of(contract, arm.eval), bias=BiasConfig(cell.coupling, cell.rho))
+    results = Evaluator(contract, arm.eval, world)(policy, cell.arm, arm.steps)
     save_results(run_dir, results)  # for who opens this run alone
-    measures = listening.measure(policy, contract, trained.eval)
+    measures = listening.measure(policy, contract, arm.eval)
     measures |= answer_accuracy(policy, contract, world)
     save_cell(workdir / "results", cell, results, provenance(contract), measures)
+
+
+def _arm(config: StudyConfig, cell: Cell) -> TrainConfig:
+    """The training of a cell, but for the paths of its data, its weights and what it starts from."""
+    arm = config.arms[cell.arm]
+    return dataclasses.replace(arm, arm=cell.arm, seed=cell.seed, data=dataclasses.replace(arm.data, seed=cell.seed))
+
+
+def _rho(config: StudyConfig, cell: Cell) -> float:
+    """Of the demonstrations that a cell learns from."""
+    return 1.0 if cell.arm in config.unbiased else cell.rho
+
+
+def _data_name(coupling: str, rho: float) -> str:
+    return f"{coupling}-rho{rho:g}"
+
+
+def _collection(config: StudyConfig, coupling: str, rho: float) -> CollectConfig:
+    bias = dataclasses.replace(config.collect.bias, coupling=coupling, rho=rho)
+    return dataclasses.replace(config.collect, bias=bias)
+
+
+def _demonstrations(config: StudyConfig, coupling: str, rho: float, workdir: Path) -> Path:
+    """The path of some demonstrations, which are collected where they are not there yet."""
+    name = _data_name(coupling, rho)
+    with claim(_claim(workdir, name), wait=True):
+        return collect_once(_collection(config, coupling, rho), workdir / "data" / name)
+
+
+def _check_results(config: StudyConfig, workdir: Path, cells: Sequence[Cell]) -> None:
+    """Raises UserError where one of these cells has the result of other settings: it would stand in the same table."""
+    there = {result.cell.name: result for result in load_cells(workdir / "results")}
+    for cell in cells:
+        result, run_dir = there.get(cell.name), workdir / "runs" / cell.name
+        if result is None:
+            continue
+        arm = _arm(config, cell)
+        if result.step != arm.steps:
+            path = _result(workdir, cell)
+            raise UserError(f"{path}: steps was {result.step}, is {arm.steps}. Choose another --workdir")
+        if has_begun(run_dir):  # results may be kept without the runs
+            contract, trained = Contract.load(run_dir / "contract.json"), load_config(run_dir)
+            check_demonstrations(_collection(config, cell.coupling, _rho(config, cell)), contract.facts, run_dir)
+            # Where it started and by what weights it drew, the study itself has named.
+            data = dataclasses.replace(arm.data, weights=arm.data.weights or trained.data.weights)
+            arm = dataclasses.replace(arm, data=data, init_from=arm.init_from or trained.init_from)
+            check_settings(run_dir, on_pretrained(arm, contract)[0])
 
 
 def _ground(config: StudyConfig, coupling: str, dataset: Path, workdir: Path) -> str:

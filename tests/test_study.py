@@ -32,7 +32,7 @@ def ran(monkeypatch):
         if cell.arm == "bad" and ran.failing:
             raise ValueError("not a number")
         columns = {name: [True] * 4 for name in ("success", "stuck", "conflict")}
-        results = Results(cell.arm, 1, {}, [], {"swapped": columns}, {"swapped": "same"}, 1.0)
+        results = Results(cell.arm, config.arms[cell.arm].steps, {}, [], {"swapped": columns}, {"swapped": "same"}, 1.0)
         save_cell(workdir / "results", cell, results, {}, measures={})
 
     monkeypatch.setattr(study, "_run_claimed", stand_in)

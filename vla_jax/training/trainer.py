@@ -131,23 +131,33 @@ def command_to_resume() -> str:
     return shlex.join([*command, "--resume"])
 
 
+def check_run(run_dir: Path, config: TrainConfig) -> None:
+    """Raises UserError where the run there has other settings or other data than this one: where it could not go on."""
+    _check_run_dir(run_dir, *on_pretrained(config, data_contract(config.data)), resume=True)
+
+
 def _check_run_dir(run_dir: Path, config: TrainConfig, contract: Contract, resume: bool) -> None:
     """Raises UserError unless the directory is free, or `resume` fits what it holds."""
     if not has_begun(run_dir):
         return
     if not resume:
         raise UserError(f"{run_dir} is not empty: add --resume to go on with that run, or choose another --workdir")
-    Contract.load(run_dir / "contract.json").check(
-        contract, f"the dataset at {config.data.directory or contract.dataset}"
-    )
+    begun_with = Contract.load(run_dir / "contract.json")
+    try:
+        begun_with.check(contract, f"the dataset at {config.data.directory or contract.dataset}")
+    except UserError as error:
+        raise UserError(f"{error}, or choose another --workdir than {run_dir}") from error
+    check_settings(run_dir, config)
+
+
+def check_settings(run_dir: Path, config: TrainConfig) -> None:
+    """Raises UserError where the run there has other settings, of those that have to stay (`must_match_on_resume`)."""
     changed = {key: pair for key, pair in diff(load_config(run_dir), config).items() if must_match_on_resume(key)}
     if _may_be_one_run(*changed.get("init_from", ("", ""))):
         del changed["init_from"]
     if changed:
         listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
-        raise UserError(
-            f"cannot resume {run_dir} with other settings: {listed}. Choose another --workdir for a new run"
-        )
+        raise UserError(f"{run_dir} is a run with other settings: {listed}. Choose another --workdir for a new run")
 
 
 def _may_be_one_run(old: str, new: str) -> bool:

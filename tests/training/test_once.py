@@ -1,0 +1,146 @@
+"""What compare, study and balance find there: kept if it is what is asked for, gone on with, or refused."""
+
+import dataclasses
+import shutil
+
+import pytest
+
+from experiments import balance, compare, study
+from experiments.compare import check_demonstrations, collect_once, train_once
+from experiments.study import StudyConfig
+from vla_jax.data.contract import Contract
+from vla_jax.data.rlds import dataset_path
+from vla_jax.envs.bias import BiasConfig
+from vla_jax.envs.collect import CollectConfig
+from vla_jax.envs.env import EnvConfig
+from vla_jax.errors import UserError
+from vla_jax.evaluation.results import Results
+from vla_jax.evaluation.study import save_cell
+from vla_jax.training.trainer import train
+
+
+@pytest.fixture(scope="module")
+def short(config):
+    return dataclasses.replace(config, steps=3, checkpoint_every=3, validate_every=0)
+
+
+@pytest.fixture(scope="module")
+def finished(short, tmp_path_factory):
+    return train(short, tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Nothing is trained: the runs that would have been, and whether they were to be resumed."""
+    started = []
+    monkeypatch.setattr(
+        compare, "train", lambda config, run_dir, resume, resume_command: started.append((run_dir, resume))
+    )
+    return started
+
+
+def slower(config):
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-4))
+
+
+def test_a_finished_run_is_kept_for_its_own_settings_alone(short, copy, other_dataset, untrained, capsys):
+    assert train_once(dataclasses.replace(short, arm="renamed", log_every=1), copy) == copy
+    assert "renamed" in capsys.readouterr().out
+    with pytest.raises(UserError, match="learning_rate was 0.001, is 0.0001. Choose another --workdir"):
+        train_once(slower(short), copy)
+    data = dataclasses.replace(short.data, directory=str(other_dataset))
+    with pytest.raises(UserError, match="differs in .*fingerprint.*choose another --workdir"):
+        train_once(dataclasses.replace(short, data=data), copy)
+    with pytest.raises(UserError, match="has 3 steps already"):
+        train_once(dataclasses.replace(short, steps=2), copy)
+    assert untrained == []
+    train_once(dataclasses.replace(short, steps=4), copy)
+    assert untrained == [(copy, True)]
+
+
+def test_a_run_that_stopped_before_its_checkpoints_were_begun_goes_on(short, copy, untrained):
+    shutil.rmtree(copy / "checkpoints")
+    train_once(short, copy)
+    assert untrained == [(copy, True)]
+
+
+def test_weights_of_demonstrations_are_kept_for_their_own_settings_alone(short, copy):
+    (copy / "information.json").write_text("{}")
+    assert balance.balance_once(short, copy) == copy / "information.json"
+    with pytest.raises(UserError, match="learning_rate was"):
+        balance.balance_once(slower(short), copy)
+    with pytest.raises(UserError, match="steps was 3, is 4"):
+        balance.balance_once(dataclasses.replace(short, steps=4), copy)
+
+
+COLLECT = CollectConfig(env=EnvConfig(image_size=16), bias=BiasConfig("uniqueness", 0.1), episodes=20)
+
+
+def facts_of(config: CollectConfig) -> dict:
+    return {"task": "reach", "rho": config.bias.rho, "noise": config.noise, "seed": config.seed}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bias": BiasConfig("uniqueness", 0.5)}, "rho was 0.1, is 0.5"),
+        ({"noise": 0.0}, "noise was 0.005, is 0.0"),
+        ({"seed": 1, "episodes": 30}, "seed was 0, is 1; episodes was 20, is 30"),
+        ({"env": EnvConfig(image_size=32)}, "image_size was 16, is 32"),
+    ],
+)
+def test_demonstrations_are_kept_for_their_own_settings_alone(dataset, tmp_path, monkeypatch, changes, message):
+    monkeypatch.delattr(compare, "collect")
+    path = shutil.copytree(dataset, dataset_path(tmp_path, COLLECT.dataset_name))
+    opened = compare.open_dataset(path)
+    opened.facts = facts_of(COLLECT)
+    monkeypatch.setattr(compare, "open_dataset", lambda directory: opened)
+    assert collect_once(COLLECT, tmp_path) == path
+    asked = dataclasses.replace(COLLECT, **changes)
+    with pytest.raises(UserError, match=f"are others: {message}. Choose another --workdir"):
+        collect_once(asked, tmp_path)
+
+
+def test_what_a_dataset_does_not_say_is_not_compared(tmp_path):
+    check_demonstrations(COLLECT, {"task": "reach"}, tmp_path)
+
+
+@pytest.fixture
+def table(short, finished, tmp_path):
+    """A study of one cell with its result and its run."""
+    config = StudyConfig(COLLECT, {"a": short}, seeds=1)
+    columns = {name: [True] * 4 for name in ("success", "stuck", "conflict")}
+    results = Results("a", 3, {}, [], {"swapped": columns}, {"swapped": "same"}, 1.0)
+    (cell,) = config.cells()
+    save_cell(tmp_path / "results", cell, results, {}, measures={})
+    shutil.copytree(finished, tmp_path / "runs" / cell.name)
+    return config
+
+
+def test_a_cell_is_kept_for_its_own_settings_alone(table, tmp_path, monkeypatch):
+    monkeypatch.delattr(study, "_run_claimed")
+    study.run(table, tmp_path)
+    (cell,) = table.cells()
+
+    def refused(message, config, workdir=tmp_path):
+        with pytest.raises(UserError, match=message):
+            study.run(config, workdir)
+        with pytest.raises(UserError, match=message):
+            study.run_cell(config, cell, workdir)
+
+    arm = table.arms["a"]
+    refused("learning_rate was", dataclasses.replace(table, arms={"a": slower(arm)}))
+    refused("steps was 3, is 4", dataclasses.replace(table, arms={"a": dataclasses.replace(arm, steps=4)}))
+    run_dir = tmp_path / "runs" / cell.name
+    contract = Contract.load(run_dir / "contract.json")
+    dataclasses.replace(contract, facts={"task": "pick"}).save(run_dir / "contract.json")
+    refused("task was 'pick', is 'reach'", table)
+    # The results alone, as docs/results has them, say nothing but their steps.
+    shutil.rmtree(tmp_path / "runs")
+    study.run(dataclasses.replace(table, arms={"a": slower(arm)}), tmp_path)
+    refused("steps was 3, is 4", dataclasses.replace(table, arms={"a": dataclasses.replace(arm, steps=4)}))
