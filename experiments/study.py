@@ -32,7 +32,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from experiments.balance import balance_once
-from experiments.compare import check_demonstrations, collect_once, train_once
+from experiments.compare import check_demonstrations, check_steps, collect_once, train_once
 from vla_jax import config as configuration
 from vla_jax.data.contract import Contract
 from vla_jax.envs.bias import BiasConfig
@@ -281,10 +281,15 @@ def _ground(config: StudyConfig, coupling: str, dataset: Path, workdir: Path) ->
     """The run from which the arms of a coupling start, trained where it is not there yet; "" if there is to be none."""
     if config.grounding is None:
         return ""
-    # The data give its words and the look of its scenes alone, which are the same for every rho.
-    data = dataclasses.replace(config.grounding.data, directory=str(dataset))
+    run_dir = workdir / "grounding" / coupling
     with claim(_claim(workdir, f"grounding-{coupling}"), wait=True):
-        return str(train_once(dataclasses.replace(config.grounding, data=data), workdir / "grounding" / coupling))
+        if has_begun(run_dir):  # with the demonstrations of the cell that came first, and so it goes on
+            check_steps(run_dir, config.grounding)
+            rho = Contract.load(run_dir / "contract.json").facts["rho"]
+            dataset = _demonstrations(config, coupling, rho, workdir)
+        # The data give its words and the look of its scenes alone, which are the same for every rho.
+        data = dataclasses.replace(config.grounding.data, directory=str(dataset))
+        return str(train_once(dataclasses.replace(config.grounding, data=data), run_dir))
 
 
 def _balance(config: StudyConfig, name: str, dataset: Path, start: str, workdir: Path) -> Path:

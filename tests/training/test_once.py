@@ -144,3 +144,23 @@ def test_a_cell_is_kept_for_its_own_settings_alone(table, tmp_path, monkeypatch)
     shutil.rmtree(tmp_path / "runs")
     study.run(dataclasses.replace(table, arms={"a": slower(arm)}), tmp_path)
     refused("steps was 3, is 4", dataclasses.replace(table, arms={"a": dataclasses.replace(arm, steps=4)}))
+
+
+def test_stage_0_goes_on_with_the_demonstrations_that_it_began_with(short, copy, tmp_path, monkeypatch):
+    config = StudyConfig(COLLECT, {"a": short}, grounding=short, rhos=(0.5, 0.1))
+    run_dir = shutil.copytree(copy, tmp_path / "grounding" / "uniqueness")
+    contract = Contract.load(run_dir / "contract.json")
+    dataclasses.replace(contract, facts={"rho": 0.1}).save(run_dir / "contract.json")
+    trained = []
+    monkeypatch.setattr(study, "train_once", lambda config, run_dir: trained.append(config.data.directory) or run_dir)
+    monkeypatch.setattr(study, "collect_once", lambda config, directory: directory / f"rho {config.bias.rho}")
+    first = tmp_path / "data" / "uniqueness-rho0.1" / "rho 0.1"
+    assert study._ground(config, "uniqueness", tmp_path / "another", tmp_path) == str(run_dir)
+    assert trained == [str(first)]
+    shutil.rmtree(run_dir)
+    study._ground(config, "uniqueness", tmp_path / "another", tmp_path)
+    assert trained[1:] == [str(tmp_path / "another")]
+    shutil.copytree(copy, run_dir)
+    longer = dataclasses.replace(config, grounding=dataclasses.replace(short, steps=4))
+    with pytest.raises(UserError, match="steps was 3, is 4"):
+        study._ground(longer, "uniqueness", tmp_path / "another", tmp_path)
