@@ -190,6 +190,35 @@ def test_a_stop_is_saved_and_says_how_to_go_on(tmp_path, number):
     assert_same(make_loop(tmp_path / "run").run(), make_loop(tmp_path / "whole").run())
 
 
+def test_no_process_begins_what_needs_all_when_one_is_asked_to_stop(tmp_path, monkeypatch):
+    answers, begun = [], []
+
+    def any_process(flag):
+        """Another process is asked to stop during the fifth step."""
+        answers.append(flag or len(answers) == 5)
+        return answers[-1]
+
+    monkeypatch.setattr("vla_jax.training.loop.any_process", any_process)
+    hooks = dict(evaluate=lambda *_: begun.append("evaluation"), validate=lambda _: begun.append("validation"))
+    with pytest.raises(Stopped, match="saved step 5 of 10"):
+        make_loop(tmp_path / "run", **hooks, validate_every=5, eval_every=5).run()
+    assert begun == [] and answers == [False] * 5 + [True, True]
+
+
+def test_a_stop_that_comes_while_the_processes_talk_is_not_forgotten(tmp_path, monkeypatch):
+    asked = []
+
+    def any_process(flag):
+        asked.append(flag)
+        if len(asked) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return flag  # as it was when it was asked for
+
+    monkeypatch.setattr("vla_jax.training.loop.any_process", any_process)
+    with pytest.raises(Stopped, match="saved step 3 of 10"):
+        make_loop(tmp_path / "run").run()
+
+
 def test_a_stop_during_the_evaluation_repeats_it_on_resumption(tmp_path):
     steps = []
 

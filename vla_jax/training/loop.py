@@ -117,9 +117,11 @@ class Loop:
         return self.state
 
     def _stopping(self) -> bool:
-        """Whether to stop before the next step: all processes of a run, as soon as one is asked to."""
-        self._stop.requested = any_process(self._stop.requested)
-        return self._stop.requested
+        """Whether to stop: all processes of a run, as soon as one is asked to; they have to ask this together."""
+        if any_process(self._stop.requested):  # what is asked of this process meanwhile, it says the next time
+            self._stop.requested = True
+            return True
+        return False
 
     def _take_step(self) -> None:
         with self._watch.phase("data"):
@@ -147,16 +149,18 @@ class Loop:
         validate = self._validate is not None and self._due(config.validate_every)
         evaluate = self._evaluate is not None and self._due(config.eval_every)
         save = self._due(config.checkpoint_every)
+        # Both are work of all processes together: either all begin it or none.
+        stop = (validate or evaluate) and self._stopping()
         if log or validate or evaluate or save or self._stop.requested:
             with self._watch.phase("step"):
                 self._settle(*self._pending)
                 self._pending = None
         if log:
             self._log(bar)
-        if validate and not self._stop.requested:
+        if validate and not stop:
             with self._watch.phase("eval"):
                 self._writer.write("validation", self.step, self._validate(self.state))
-        if evaluate and not self._stop.requested:
+        if evaluate and not stop:
             self._run_evaluation(bar)
         if save:
             self._save()
