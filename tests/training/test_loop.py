@@ -122,8 +122,11 @@ def test_a_loss_that_is_not_finite_names_the_batch_and_keeps_good_checkpoints(tm
     bad = order[6 * 4 + 1]  # the second sample of the seventh batch
     episode, step = map(int, bad.split(":"))
     loop = make_loop(tmp_path / "run", data=make_data(bad_index=10 * episode + step))
-    with pytest.raises(UserError, match=rf"at step 7: loss.*\(episode:step\) {bad} \(numbers.*last good.*step 5"):
+    said = rf"at step 7: loss.*\(episode:step\) {bad} \(numbers.*last good.*step 5.*another --workdir"
+    with pytest.raises(UserError, match=said):
         loop.run()
+    with pytest.raises(UserError, match=rf"at step 7: .*{bad}"):  # resuming meets the same batch
+        make_loop(tmp_path / "run", data=make_data(bad_index=10 * episode + step)).run()
     assert Checkpoints(tmp_path / "run").steps == [5]
     assert all(np.isfinite(line["loss"]) for line in read_metrics(tmp_path / "run"))
 

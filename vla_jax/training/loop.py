@@ -226,7 +226,8 @@ class Loop:
         last = f"the last good checkpoint is step {saved[-1]}" if saved else "there is no checkpoint yet"
         return (
             f"not finite at step {step}: {', '.join(bad)}; the batch was (episode:step) {name_samples(batch)}; {last}. "
-            "Look at these samples, or lower optimizer.learning_rate, and go on with --resume"
+            "Repair these samples, or lower optimizer.learning_rate, and train in another --workdir: --resume keeps "
+            "data and settings, and meets the same batch"
         )
 
 
