@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from experiments.inspect import describe_run
-from vla_jax.config import diff
+from vla_jax.config import diff, to_json
 from vla_jax.data.contract import Contract
 from vla_jax.data.loader import make_loader, members
 from vla_jax.errors import UserError
@@ -154,6 +154,17 @@ def test_settings_of_earlier_versions_are_read(config, copy):
     path.write_text(json.dumps(saved))
     with pytest.raises(UserError, match=f"{path} was written by another version .* did you mean 'policy.trunk.depth'"):
         load_policy(copy)
+
+
+def test_a_checkpoint_with_frozen_parameters_among_the_trained_ones_is_of_an_earlier_version(config, copy):
+    """As if these parameters had been frozen, and nobody had heard of keeping them as constants."""
+    frozen = dataclasses.replace(config.optimizer, scales=(("^words", 0.0),))
+    config = dataclasses.replace(config, optimizer=frozen)
+    (copy / "config.json").write_text(to_json(config))
+    for load in (lambda: load_policy(copy), lambda: train(config, copy, resume=True)):
+        with pytest.raises(UserError, match="10 was written by an earlier version .* train it again, or load") as error:
+            load()
+        assert "damaged" not in str(error.value) and "\n" not in str(error.value)
 
 
 def test_going_on_does_not_need_the_run_it_started_from(config, copy, tmp_path):

@@ -105,10 +105,24 @@ class Checkpoints:
         missing = [name for name in wanted if not (path / name).is_dir()]
         if missing:
             raise UserError(f"checkpoint {path} is incomplete: {', '.join(missing)} missing; {_instead(step, steps)}")
+        if self._keeps_frozen_elsewhere(step, wanted):
+            raise UserError(
+                f"checkpoint {path} was written by an earlier version of vla_jax, which kept frozen parameters "
+                "elsewhere: train it again, or load it with that version"
+            )
         try:
             return self._orbax.load_checkpointables(step, wanted)
         except Exception as error:  # Orbax has as many types of error as a directory has files
             raise UserError(f"checkpoint {path} is damaged ({_short(error)}); {_instead(step, steps)}") from error
+
+    def _keeps_frozen_elsewhere(self, step: int, wanted: dict[str, Any]) -> bool:
+        """Whether constants that are wanted are stored among the trained parameters instead."""
+        try:
+            stored = self._orbax.checkpointables_metadata(step).metadata
+            missing = set(wanted.get("constants", ())) - set(stored["constants"])
+            return bool(missing & set(stored["params"]))
+        except Exception:  # a file is damaged, which loading will say
+            return False
 
 
 def load_policy(run_dir: str | Path, step: int | None = None, ema: bool = True) -> tuple[Policy, Contract, TrainConfig]:
