@@ -7,7 +7,7 @@ Layout of the run directory:
 
     data/<dataset>/1.0.0    the demonstrations
     <arm>/                  one training (see experiments.train)
-    results.json            `rows` of all arms and `comparisons` of each arm with the first, on the same scenes
+    results.json            `rows` of all arms and `comparisons` of each with the reference, on the same scenes
     report.html             the same to look at, with curves and videos
 """
 
@@ -37,14 +37,29 @@ from vla_jax.training.trainer import check_run, train
 
 @dataclasses.dataclass(frozen=True)
 class CompareConfig:
-    """The demonstrations, and the trainings on them by name. The first arm is the one that others are compared with."""
+    """What is compared on what.
+
+    Attributes:
+        collect: the demonstrations.
+        arms: trainings by name.
+        reference: the arm that the others are compared with, whose `eval` says how; empty takes `baseline` where there
+            is one, else the first by name.
+    """
 
     collect: CollectConfig = CollectConfig()
     arms: dict[str, TrainConfig] = dataclasses.field(default_factory=dict)
+    reference: str = ""
 
     def __post_init__(self):
         if not self.arms:
             raise UserError("arms is empty: name at least one training")
+        if self.reference and self.reference not in self.arms:
+            raise UserError(f"reference names {self.reference!r}, which is none of the arms {', '.join(self.arms)}")
+
+    def names(self) -> list[str]:
+        """The arms, the reference first."""
+        reference = self.reference or ("baseline" if "baseline" in self.arms else next(iter(self.arms)))
+        return [reference, *(name for name in self.arms if name != reference)]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -62,11 +77,12 @@ def run(config: CompareConfig, workdir: Path) -> Path:
     began = time.perf_counter()
     dataset = collect_once(config.collect, workdir / "data")
     run_dirs = []
-    for name, arm in config.arms.items():
+    for name in config.names():
+        arm = config.arms[name]
         arm = dataclasses.replace(arm, arm=name, data=dataclasses.replace(arm.data, directory=str(dataset)))
         run_dirs.append(train_once(arm, workdir / name))
-    first = next(iter(config.arms.values()))  # how a run is judged may have changed since it was trained
-    report = evaluate_runs(run_dirs, {"eval": dataclasses.asdict(first.eval)}, workdir / "report.html")
+    judged = config.arms[config.names()[0]].eval  # may have changed since the run was trained
+    report = evaluate_runs(run_dirs, {"eval": dataclasses.asdict(judged)}, workdir / "report.html")
     _save_results(run_dirs, workdir)
     print(f"results: {workdir / 'results.json'}   ({(time.perf_counter() - began) / 60:.1f} min in all)")
     return report

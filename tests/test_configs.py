@@ -131,7 +131,9 @@ def test_a_misspelt_arm_gets_a_suggestion():
 
 @pytest.mark.parametrize("name", ["quickstart", "overnight"])
 def test_compared_arms_differ_in_the_objective_alone(name):
-    arms = resolve(CompareConfig, importlib.import_module(f"configs.{name}").get_config()).arms
+    config = resolve(CompareConfig, importlib.import_module(f"configs.{name}").get_config())
+    assert config.names() == ["baseline", "bayesianvla"]
+    arms = config.arms
     first, second = arms["baseline"], arms["bayesianvla"]
     assert (first.steps, first.data, first.optimizer, first.seed) == (
         second.steps,

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from experiments import balance, compare, study
-from experiments.compare import check_demonstrations, collect_once, train_once
+from experiments.compare import CompareConfig, check_demonstrations, collect_once, train_once
 from experiments.study import StudyConfig
 from vla_jax.data.contract import Contract
 from vla_jax.data.rlds import dataset_path
@@ -17,6 +17,8 @@ from vla_jax.errors import UserError
 from vla_jax.evaluation.results import Results
 from vla_jax.evaluation.study import save_cell
 from vla_jax.training.trainer import train
+
+COLLECT = CollectConfig(env=EnvConfig(image_size=16), bias=BiasConfig("uniqueness", 0.1), episodes=20)
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +71,31 @@ def test_a_run_that_stopped_before_its_checkpoints_were_begun_goes_on(short, cop
     assert untrained == [(copy, True)]
 
 
+@pytest.mark.parametrize(
+    ("names", "reference", "order"),
+    [
+        (("ablation", "baseline", "mine"), "", ["baseline", "ablation", "mine"]),
+        (("ablation", "baseline", "mine"), "mine", ["mine", "ablation", "baseline"]),
+        (("ablation", "mine"), "", ["ablation", "mine"]),
+    ],
+)
+def test_arms_are_compared_with_the_reference_and_judged_as_it_says_now(
+    short, tmp_path, monkeypatch, names, reference, order
+):
+    judged = dataclasses.replace(short.eval, scenes=7)
+    arms = {name: dataclasses.replace(short, eval=judged if name == order[0] else short.eval) for name in names}
+    compared = []
+    monkeypatch.setattr(compare, "collect_once", lambda config, directory: directory)
+    monkeypatch.setattr(compare, "train_once", lambda config, run_dir: run_dir)
+    monkeypatch.setattr(compare, "evaluate_runs", lambda *arguments: compared.append(arguments))
+    monkeypatch.setattr(compare, "_save_results", lambda run_dirs, workdir: None)
+    compare.run(CompareConfig(COLLECT, arms, reference), tmp_path)
+    ((run_dirs, settings, _),) = compared
+    assert [run_dir.name for run_dir in run_dirs] == order and settings["eval"]["scenes"] == 7
+    with pytest.raises(UserError, match="reference names 'other'"):
+        CompareConfig(COLLECT, arms, "other")
+
+
 def test_weights_of_demonstrations_are_kept_for_their_own_settings_alone(short, copy):
     (copy / "information.json").write_text("{}")
     assert balance.balance_once(short, copy) == copy / "information.json"
@@ -76,9 +103,6 @@ def test_weights_of_demonstrations_are_kept_for_their_own_settings_alone(short, 
         balance.balance_once(slower(short), copy)
     with pytest.raises(UserError, match="steps was 3, is 4"):
         balance.balance_once(dataclasses.replace(short, steps=4), copy)
-
-
-COLLECT = CollectConfig(env=EnvConfig(image_size=16), bias=BiasConfig("uniqueness", 0.1), episodes=20)
 
 
 def facts_of(config: CollectConfig) -> dict:
