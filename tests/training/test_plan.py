@@ -136,6 +136,13 @@ def test_arithmetic_names_what_would_fit(ready, monkeypatch):
     assert tried["accumulate=2"].memory.total != plan.memory.total
 
 
+def test_a_gate_over_the_batch_leaves_the_batch_whole(ready, monkeypatch):
+    monkeypatch.setitem(CHIPS, "H100", Chip(1.0, 1e15, 1e11, 1e10))
+    gated = dataclasses.replace(ready, loss=dataclasses.replace(ready.loss, gate=True))
+    tried = remedies(make_plan(gated, FACTS, parse_topology("4xH100"), costs=False), FACTS)
+    assert tried and not any("accumulate" in name or other.fits for name, other in tried)
+
+
 def test_what_is_frozen_gets_no_gradient_no_moments_and_no_average(ready):
     scales = (("^(vision|trunk|words|head|queries)(/|$)", 0.0),)
     frozen = dataclasses.replace(ready, optimizer=dataclasses.replace(ready.optimizer, scales=scales))

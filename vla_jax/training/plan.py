@@ -209,7 +209,9 @@ def remedies(plan: Plan, facts: DataFacts) -> list[tuple[str, Plan]]:
     """Changes that lower what a chip needs, each alone, and then together until they fit: (settings, their plan)."""
     config, (data, fsdp, _) = plan.config, plan.shape
     samples = math.gcd(config.data.batch_size * config.loss.demonstrations, config.questions.batch_size)
-    parts = [n for n in (2, 4, 8, 16, 32) if samples % (n * config.accumulate * data * fsdp) == 0]
+    # The gate of loss.gate needs the whole batch at once.
+    most = 0 if config.loss.gate else 32
+    parts = [n for n in (2, 4, 8, 16, 32) if n <= most and samples % (n * config.accumulate * data * fsdp) == 0]
     changes: list[tuple[str, Callable[[TrainConfig], TrainConfig]]] = []
     if with_remat(config, "all") != config:
         changes.append(("remat=all in every part of the policy", lambda c: with_remat(c, "all")))
