@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
+from vla_jax.envs.questions import QuestionConfig
 from vla_jax.errors import UserError
+from vla_jax.losses.objective import LossConfig
 from vla_jax.models.normalizer import DataFacts
 from vla_jax.training.chips import CHIPS, Chip, parse_topology
 from vla_jax.training.costs import Traffic, count_flops, count_traffic, kept_bytes
@@ -141,6 +143,19 @@ def test_a_gate_over_the_batch_leaves_the_batch_whole(ready, monkeypatch):
     gated = dataclasses.replace(ready, loss=dataclasses.replace(ready.loss, gate=True))
     tried = remedies(make_plan(gated, FACTS, parse_topology("4xH100"), costs=False), FACTS)
     assert tried and not any("accumulate" in name or other.fits for name, other in tried)
+
+
+def test_of_a_run_on_questions_alone_the_size_of_a_batch_of_demonstrations_is_no_matter(ready):
+    questions = dataclasses.replace(
+        ready,
+        data=dataclasses.replace(ready.data, batch_size=3),
+        questions=QuestionConfig(batch_size=4),
+        loss=LossConfig(demonstrations=False, prior_weight=0.0, llr_weight=0.0, question_weight=1.0),
+    )
+    assert make_plan(questions, FACTS, parse_topology("4xH100"), costs=False).fits
+    with pytest.raises(UserError, match="questions.batch_size 6 cannot be divided"):
+        odd = dataclasses.replace(questions, questions=QuestionConfig(batch_size=6))
+        make_plan(odd, FACTS, parse_topology("4xH100"), costs=False)
 
 
 def test_what_is_frozen_gets_no_gradient_no_moments_and_no_average(ready):

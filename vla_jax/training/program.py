@@ -60,7 +60,7 @@ def make_program(config: TrainConfig, facts: DataFacts, mesh: Mesh) -> Program:
         UserError: settings that do not fit one another, or a batch that the mesh cannot divide.
     """
     for name, size in (
-        ("data.batch_size", config.data.batch_size),
+        ("data.batch_size", config.data.batch_size * config.loss.demonstrations),
         ("questions.batch_size", config.questions.batch_size),
     ):
         check_batch_size(name, size, mesh, config.accumulate)
