@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
     config = configuration.resolve(TrainConfig, arguments.config)
     if config.data.directory or config.data.mixture:
         config, contract = on_pretrained(config, data_contract(config.data))
-        facts = policy_facts(contract)
+        facts = policy_facts(contract, config.policy.views)
     else:
         print("no data.directory: pictures of 224 pixels, 7 actions and 8 numbers of state are taken")
         facts = DataFacts(1000, config.pretrained.max_tokens, 224, (-1.0,) * 7, (1.0,) * 7, (-1.0,) * 8, (1.0,) * 8)

@@ -13,12 +13,12 @@ import pytest
 
 from experiments.inspect import describe_run
 from vla_jax.config import diff, to_json
-from vla_jax.data.contract import Contract
+from vla_jax.data.contract import Contract, compute_contract
 from vla_jax.data.loader import make_loader, members
 from vla_jax.errors import UserError
 from vla_jax.losses.llr import initial_gate
 from vla_jax.losses.objective import objective
-from vla_jax.training.checkpoints import Checkpoints, has_begun, load_policy
+from vla_jax.training.checkpoints import Checkpoints, has_begun, load_policy, policy_facts
 from vla_jax.training.metrics import read_metrics
 from vla_jax.training.trainer import train
 
@@ -226,6 +226,15 @@ def test_a_checkpoint_that_is_not_there_lists_those_that_are(copy):
         load_policy(copy)
     with pytest.raises(UserError, match="no run directory"):
         load_policy(copy / "nowhere")
+
+
+def test_pictures_of_several_sizes_are_no_matter_where_the_policy_reads_one(dataset):
+    contract = dataclasses.replace(compute_contract(dataset), images={"front": (16, 16), "wrist": (12, 16)})
+    assert policy_facts(contract, ("front",)).image_size == 16
+    with pytest.raises(UserError, match="set data.image_size"):
+        policy_facts(contract)
+    resized = dataclasses.replace(contract, images=contract.resized(8).images)
+    assert policy_facts(resized, ("front", "wrist")).image_size == 8
 
 
 def test_mistakes_are_found_before_anything_is_written(config, tmp_path):

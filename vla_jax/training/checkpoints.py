@@ -10,6 +10,7 @@ run/checkpoints/<step>/             params (those that are trained), ema, consta
 import hashlib
 import json
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -191,15 +192,19 @@ def _in_todays_words(saved: Any) -> Any:
 
 def policy_maker(config: TrainConfig, contract: Contract):
     """A function of `nnx.Rngs` that builds the run's policy."""
-    facts = policy_facts(contract)
+    facts = policy_facts(contract, config.policy.views)
     return lambda rngs: Policy(config.policy, facts, rngs)
 
 
-def policy_facts(contract: Contract) -> DataFacts:
-    """What a policy needs to know of its contract."""
-    sizes = set(contract.images.values())
+def policy_facts(contract: Contract, views: Collection[str] = ()) -> DataFacts:
+    """What a policy needs to know of its contract. views: those that it reads; empty: all."""
+    images = {view: size for view, size in contract.images.items() if view in views} or dict(contract.images)
+    sizes = set(images.values())
     if len(sizes) != 1 or len(set(next(iter(sizes)))) != 1:
-        raise UserError(f"the policy reads square images of one size; the dataset has {dict(contract.images)}")
+        raise UserError(
+            f"the policy reads square pictures of one size; the dataset has {images}: set data.image_size, and they "
+            "are made so"
+        )
     bounds = [tuple(map(float, bound)) for bound in (*contract.action_bounds(), *contract.state_bounds())]
     vocabulary = tokenizers.from_json(contract.tokenizer).get_vocab_size()
     return DataFacts(vocabulary, contract.max_tokens, next(iter(sizes))[0], *bounds)

@@ -60,7 +60,7 @@ def train(config: TrainConfig, workdir: str | Path, resume: bool = False, resume
     contract = data_contract(config.data)
     config, contract = on_pretrained(config, contract)
     _check_run_dir(run_dir, config, contract, resume)
-    program = make_program(config, policy_facts(contract), mesh)
+    program = make_program(config, policy_facts(contract, config.policy.views), mesh)
     data = _make_data(config, contract, "train")
     going_on = resume and Checkpoints.exist(run_dir)
     state = program.shapes if going_on else _first_state(program, config, contract, mesh)
