@@ -10,6 +10,7 @@ of state. Where the run does not fit, the status is 1 and the settings that woul
 need.
 """
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ def main(argv: Sequence[str]) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or JAX would look for the TPU that the compiler is for
     from vla_jax.data.loader import data_contract
     from vla_jax.models.normalizer import DataFacts
+    from vla_jax.pretrained.backbone import policy_on
     from vla_jax.training.checkpoints import policy_facts
     from vla_jax.training.chips import parse_topology
     from vla_jax.training.mesh import in_units
@@ -39,6 +41,8 @@ def main(argv: Sequence[str]) -> None:
         config, contract = on_pretrained(config, data_contract(config.data))
         facts = policy_facts(contract, config.policy.views)
     else:
+        if config.pretrained.directory:
+            config = dataclasses.replace(config, policy=policy_on(config.pretrained.directory, config.policy))
         print("no data.directory: pictures of 224 pixels, 7 actions and 8 numbers of state are taken")
         facts = DataFacts(1000, config.pretrained.max_tokens, 224, (-1.0,) * 7, (1.0,) * 7, (-1.0,) * 8, (1.0,) * 8)
     plan = make_plan(config, facts, topology)

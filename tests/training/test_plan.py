@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
 
+from experiments.plan import main
 from vla_jax.envs.questions import QuestionConfig
 from vla_jax.errors import UserError
 from vla_jax.losses.objective import LossConfig
@@ -156,6 +158,22 @@ def test_of_a_run_on_questions_alone_the_size_of_a_batch_of_demonstrations_is_no
     with pytest.raises(UserError, match="questions.batch_size 6 cannot be divided"):
         odd = dataclasses.replace(questions, questions=QuestionConfig(batch_size=6))
         make_plan(odd, FACTS, parse_topology("4xH100"), costs=False)
+
+
+def test_without_data_a_plan_has_the_sizes_of_the_pretrained_model(monkeypatch):
+    asked = []
+
+    def wide(directory, policy):
+        return dataclasses.replace(policy, trunk=dataclasses.replace(policy.trunk, width=len(directory)))
+
+    monkeypatch.setattr("vla_jax.pretrained.backbone.policy_on", wide)
+    monkeypatch.setattr(
+        "vla_jax.training.plan.make_plan", lambda config, *_: asked.append(config) or SimpleNamespace(fits=True)
+    )
+    monkeypatch.setattr("vla_jax.training.plan.report", lambda *_: "")
+    config = f"--config={ROOT / 'configs/train.py'}"
+    main([config, "--config.pretrained.directory=CHECKPOINT", "--topology=1xH100"])
+    assert asked[0].policy.trunk.width == len("CHECKPOINT")
 
 
 def test_what_is_frozen_gets_no_gradient_no_moments_and_no_average(ready):
