@@ -85,9 +85,9 @@ class Beginning:
         return jax.jit(self, out_shardings=shardings)(jax.random.key(seed), given or {})
 
 
-def trained_module(graphdef: nnx.GraphDef, state: TrainState, averaged: bool = True) -> nnx.Module:
-    """The module with the state's weights: the averaged ones where they are kept and `averaged` asks for them.
+def trained_module(graphdef: nnx.GraphDef, state: TrainState) -> nnx.Module:
+    """The module with the state's weights: the averaged ones where they are kept.
 
     It shares the state's arrays, which the next training step takes over: use it before that, and keep nothing of it.
     """
-    return merge(graphdef, state.ema if averaged and state.ema else state.params, state.constants)
+    return merge(graphdef, state.ema or state.params, state.constants)
