@@ -21,7 +21,7 @@ from vla_jax.nn.flat import flatten
 from vla_jax.nn.lora import LoraConfig
 from vla_jax.pretrained.backbone import PretrainedConfig, load_backbone, save_backbone
 from vla_jax.training.checkpoints import load_policy
-from vla_jax.training.metrics import read_metrics
+from vla_jax.training.metrics import metric_lines
 from vla_jax.training.trainer import on_pretrained, train
 
 torch = pytest.importorskip("torch")
@@ -84,7 +84,7 @@ def test_a_checkpoint_becomes_a_policy_and_a_checkpoint_again(dataset, tmp_path,
     run_dir = train(run_config(dataset, source), tmp_path / "run")
     policy, contract, config = load_policy(run_dir, ema=False)
     assert json.loads(contract.tokenizer) == json.loads(byte_tokenizer()) and contract.max_tokens == LONGEST
-    assert config.policy.trunk.width == 64 and read_metrics(run_dir)[-1]["step"] == 20
+    assert config.policy.trunk.width == 64 and metric_lines(run_dir)[-1]["step"] == 20
     moved = np.abs(np.asarray(policy.trunk.norm.scale[...]) - np.asarray(before.trunk.norm.scale[...])).max()
     assert 0 < moved < 0.1  # trained, and not from new weights
     save_backbone(policy, source, tmp_path / "saved")

@@ -26,7 +26,7 @@ from vla_jax.rl.loop import LoopConfig
 from vla_jax.training.checkpoints import Checkpoints
 from vla_jax.training.improve import ImproveConfig, Run, improve, load_improved
 from vla_jax.training.loop import Stopped
-from vla_jax.training.metrics import read_metrics
+from vla_jax.training.metrics import metric_lines
 
 
 class Point(PointEnv):
@@ -108,7 +108,7 @@ def lines(run_dir, kind):
     clocks = ("time", "seconds", "steps_per_second")
     return [
         {name: value for name, value in line.items() if name not in clocks}
-        for line in read_metrics(run_dir)
+        for line in metric_lines(run_dir)
         if line["kind"] == kind
     ]
 

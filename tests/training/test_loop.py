@@ -20,7 +20,7 @@ from vla_jax.errors import UserError
 from vla_jax.losses.term import term
 from vla_jax.training.checkpoints import Checkpoints
 from vla_jax.training.loop import Loop, Stopped, name_samples
-from vla_jax.training.metrics import MetricsWriter, read_metrics
+from vla_jax.training.metrics import MetricsWriter, metric_lines
 from vla_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from vla_jax.training.state import Beginning, abstract
 from vla_jax.training.step import make_step
@@ -94,7 +94,7 @@ def test_resuming_is_bit_exact(tmp_path):
     assert float(whole.params["layers/0/kernel"].sum()) != 0 and int(whole.gate_state) == 10
     keys = ("step", "loss", "grad_norm", "learning_rate", "terms/fit")
     lines = [
-        [{key: line[key] for key in keys} for line in read_metrics(tmp_path / name)] for name in ("whole", "parts")
+        [{key: line[key] for key in keys} for line in metric_lines(tmp_path / name)] for name in ("whole", "parts")
     ]
     assert [line["step"] for line in lines[0]] == [1, 2, 4, 6, 8, 10]
     assert [line for line in lines[1] if line["step"] >= 8] == [line for line in lines[0] if line["step"] >= 8]
@@ -103,7 +103,7 @@ def test_resuming_is_bit_exact(tmp_path):
 def test_every_step_and_every_seed_has_its_own_noise(tmp_path):
     make_loop(tmp_path / "one", log_every=1, steps=4).run()
     make_loop(tmp_path / "two", log_every=1, steps=4, seed=1).run()
-    noise = [line["terms/noise"] for name in ("one", "two") for line in read_metrics(tmp_path / name)]
+    noise = [line["terms/noise"] for name in ("one", "two") for line in metric_lines(tmp_path / name)]
     assert len(noise) == len(set(noise)) == 8
 
 
@@ -128,7 +128,7 @@ def test_a_loss_that_is_not_finite_names_the_batch_and_keeps_good_checkpoints(tm
     with pytest.raises(UserError, match=rf"at step 7: .*{bad}"):  # resuming meets the same batch
         make_loop(tmp_path / "run", data=make_data(bad_index=10 * episode + step)).run()
     assert Checkpoints(tmp_path / "run").steps == [5]
-    assert all(np.isfinite(line["loss"]) for line in read_metrics(tmp_path / "run"))
+    assert all(np.isfinite(line["loss"]) for line in metric_lines(tmp_path / "run"))
 
 
 def test_a_batch_without_visible_fault_is_named_whole():
@@ -159,7 +159,7 @@ def test_validation_and_evaluation_come_in_order_and_are_logged(tmp_path):
     assert calls == [
         ("evaluate", 4), ("validate", 5), ("evaluate", 8), ("validate", 10), ("evaluate", 10)
     ]  # fmt: skip
-    lines = read_metrics(tmp_path / "run")
+    lines = metric_lines(tmp_path / "run")
     assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [4, 8, 10]
     assert [(line["step"], line["loss"]) for line in lines if line["kind"] == "validation"] == [(5, 0.5), (10, 0.5)]
     shares = [{k: v for k, v in line.items() if k.startswith("time/")} for line in lines if line["kind"] == "train"]

@@ -20,7 +20,7 @@ import pytest
 
 from vla_jax.training.checkpoints import load_policy
 from vla_jax.training.mesh import MeshConfig
-from vla_jax.training.metrics import read_metrics
+from vla_jax.training.metrics import metric_lines
 from vla_jax.training.trainer import train as run
 
 # Where JAX sees no chip of a TPU, it sets TPU_SKIP_MDS_QUERY: "do not ask for metadata".
@@ -195,7 +195,7 @@ def test_two_processes_learn_what_one_learns(config, start, tmp_path, monkeypatc
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "mesh: data=1 fsdp=2" in outputs[0][0] and "step 5/5" in outputs[0][0]
     assert "mesh:" not in outputs[1][0] and "step" not in outputs[1][0]  # only the first one prints
-    ours, theirs = read_metrics(one), read_metrics(tmp_path / "two")
+    ours, theirs = metric_lines(one), metric_lines(tmp_path / "two")
     assert [line["step"] for line in theirs] == [line["step"] for line in ours]
     for name in ("loss", "terms/fm_posterior", "terms/llr"):
         np.testing.assert_allclose([line[name] for line in theirs], [line[name] for line in ours], rtol=1e-4, atol=1e-6)

@@ -19,7 +19,7 @@ from vla_jax.errors import UserError
 from vla_jax.losses.llr import initial_gate
 from vla_jax.losses.objective import objective
 from vla_jax.training.checkpoints import Checkpoints, has_begun, load_policy, policy_facts
-from vla_jax.training.metrics import read_metrics
+from vla_jax.training.metrics import metric_lines
 from vla_jax.training.trainer import train
 
 
@@ -48,7 +48,7 @@ def test_a_run_directory_tells_what_was_run(run_dir, config, dataset):
     (start,) = json.loads((run_dir / "provenance.json").read_text())
     assert start["data"] == {"name": "tiny", "fingerprint": contract.fingerprint}
     assert start["versions"]["jax"] == jax.__version__
-    lines = read_metrics(run_dir)
+    lines = metric_lines(run_dir)
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 4, 6, 8, 10]
     assert [line["step"] for line in lines if line["kind"] == "validation"] == [5, 10]
     assert {"terms/fm_posterior", "terms/fm_prior", "terms/llr", "valid/llr", "grad_norm"} <= set(lines[-2])
@@ -66,7 +66,7 @@ def test_a_mixture_is_validated_dataset_by_dataset(config, dataset, other_datase
     mixture = ((str(dataset), 1.0), (str(other_dataset), 3.0))
     data = dataclasses.replace(config.data, directory="", mixture=mixture)
     run_dir = train(dataclasses.replace(config, data=data, steps=3, validate_every=3), tmp_path / "run")
-    (line,) = [line for line in read_metrics(run_dir) if line["kind"] == "validation"]
+    (line,) = [line for line in metric_lines(run_dir) if line["kind"] == "validation"]
     policy, contract, _ = load_policy(run_dir)
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
     both = {"": data, **members(data)}
@@ -111,7 +111,7 @@ def test_half_precision_computes_but_does_not_store(config, tmp_path):
     policy = dataclasses.replace(config.policy, dtype="bfloat16")
     config = dataclasses.replace(config, policy=policy, steps=4, validate_every=0)
     train(config, tmp_path / "run")
-    losses = [line["loss"] for line in read_metrics(tmp_path / "run")]
+    losses = [line["loss"] for line in metric_lines(tmp_path / "run")]
     assert len(losses) == 3 and np.isfinite(losses).all()
     saved = arrays(tmp_path / "run")
     assert {leaf.dtype.name for leaf in saved["params"].values()} == {"float32"}
@@ -256,7 +256,7 @@ def wait_for_step(run_dir, step: int, process, since: float = 0.0) -> None:
     deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
         if (run_dir / "metrics.jsonl").is_file() and any(
-            line["step"] >= step and line["time"] > since for line in read_metrics(run_dir)
+            line["step"] >= step and line["time"] > since for line in metric_lines(run_dir)
         ):
             return
         assert process.poll() is None, process.communicate()
@@ -274,7 +274,7 @@ def test_kill_in_the_middle_of_saving_leaves_a_whole_checkpoint(config, start, t
     wait_for_step(run_dir, 12, process)
     process.kill()  # some save is nearly always going on: one is due every fourth step
     process.wait()
-    logged = max(line["step"] for line in read_metrics(run_dir))
+    logged = max(line["step"] for line in metric_lines(run_dir))
     newest = Checkpoints(run_dir).steps[-1]
     assert newest % 4 == 0 and logged - newest <= 9  # a save waits for the one before it: two may be lost, never more
     policy, _, saved = load_policy(run_dir)
@@ -297,7 +297,7 @@ def test_twenty_kills_at_random_moments_leave_a_whole_checkpoint_each(config, st
         process.kill()
         process.wait()
         saving += any("tmp" in path.name for path in (run_dir / "checkpoints").iterdir())
-        logged, before = max(line["step"] for line in read_metrics(run_dir)), newest
+        logged, before = max(line["step"] for line in metric_lines(run_dir)), newest
         newest = Checkpoints(run_dir).steps[-1]
         assert before <= newest <= logged <= newest + 2, f"kill {attempt}"  # a save waits for the one before it
         policy, _, _ = load_policy(run_dir)
@@ -315,7 +315,7 @@ def test_a_signal_saves_and_prints_the_command_that_goes_on(config, start, tmp_p
     assert process.returncode == status, errors
     assert "Traceback" not in errors
     newest = Checkpoints(run_dir).steps[-1]
-    assert newest == max(line["step"] for line in read_metrics(run_dir))
+    assert newest == max(line["step"] for line in metric_lines(run_dir))
     assert f"saved step {newest} of 1000000; go on with: " in errors
     command = errors.splitlines()[-1].split("go on with: ")[1]
     assert command.endswith(f"-m experiments.train --config={tmp_path}/config.py --workdir={run_dir} --resume")

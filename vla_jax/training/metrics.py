@@ -45,7 +45,7 @@ class MetricsWriter:
         self.path = run_dir / METRICS_FILE
         self._run_dir = run_dir
         with disk_space(run_dir):
-            kept = [line for line in _lines(self.path) if line["step"] <= resumed_step]
+            kept = [line for line in metric_lines(run_dir) if line["step"] <= resumed_step]
             write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self.path.open("a")
         self._board = _tensorboard(run_dir / "tensorboard", resumed_step)
@@ -82,14 +82,6 @@ class SilentWriter:
 
     def close(self) -> None:
         """Nothing."""
-
-
-def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """Every complete line of a run's metrics.jsonl."""
-    path = Path(run_dir) / METRICS_FILE
-    if not path.is_file():
-        raise UserError(f"no {METRICS_FILE} in {run_dir}: is it a run directory?")
-    return _lines(path)
 
 
 class Means:
@@ -161,8 +153,9 @@ def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics file; the last line of a killed run may be torn and is left out."""
+def metric_lines(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The complete lines of a run's metrics.jsonl; the last line of a killed run may be torn and is left out."""
+    path = Path(run_dir) / METRICS_FILE
     if not path.is_file():
         return []
     lines = path.read_text().split("\n")
