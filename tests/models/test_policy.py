@@ -17,6 +17,7 @@ from vla_jax.models.normalizer import DataFacts, Normalizer
 from vla_jax.models.policy import Policy, PolicyConfig
 from vla_jax.models.trunk import TrunkConfig
 from vla_jax.models.vision import VisionConfig, merge_patches, patchify
+from vla_jax.models.words import Words
 
 FACTS = DataFacts(
     vocabulary=11,
@@ -222,6 +223,20 @@ def test_half_precision_computes_near_full_precision(observation):
     actions = act(policy, observation, TOKENS, TOKENS > 0)
     assert actions.dtype == np.float32
     np.testing.assert_allclose(actions, act(make_policy(), observation, TOKENS, TOKENS > 0), atol=0.1)
+
+
+def test_gradients_of_a_frequent_word_add_up_in_full_precision():
+    """4096 times 1.01: in bfloat16 a sum stops to grow at 256 times the summand."""
+    words = Words(3, 2, tied=True, scale=1.0, dtype="bfloat16", rngs=nnx.Rngs(0))
+    graph, state = nnx.split(words)
+
+    def total(state):
+        embedded = nnx.merge(graph, state).embed_words(jnp.ones(4096, int))
+        assert embedded.dtype == jnp.bfloat16
+        return 1.01 * embedded.astype(jnp.float32).sum()
+
+    gradient = jax.grad(total)(state)["words"][...]
+    np.testing.assert_allclose(gradient, [[0, 0], [4096 * 1.01] * 2, [0, 0]], rtol=0.01)
 
 
 def test_bounds_are_not_trained():

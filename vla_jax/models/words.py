@@ -26,7 +26,8 @@ class Words(nnx.Module):
 
     def embed_words(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
         """Words as the trunk reads them."""
-        return self.words[...].astype(self.dtype)[tokens] * jnp.asarray(self.word_scale, self.dtype)
+        # Looked up, then cast: so the gradients of a word that occurs often add up in float32.
+        return self.words[...][tokens].astype(self.dtype) * jnp.asarray(self.word_scale, self.dtype)
 
     def word_logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Next-token logits, float32."""
