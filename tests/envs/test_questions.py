@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from vla_jax.data import tokenizer as tokenizers
 from vla_jax.envs import language, questions
@@ -142,6 +143,44 @@ def test_the_answer_follows_the_question(questioner):
         if KINDS[kind] == "where":
             column, place = decode(batch, row, answer).split()
             assert 0 <= int(column[1:]) < BINS and int(place[1:]) > BINS // 3, "the table fills the lower part"
+
+
+def tokens_of_digits():
+    """A tokenizer that is not one token a word: "x12" is x, 1 and 2."""
+    words = tokenizers.from_json(Words.tokenizer)
+    vocabulary = sorted({*words.get_vocab(), "x", "y", *"0123456789"} - {tokenizers.PAD, tokenizers.UNKNOWN})
+    numbers = {word: number for number, word in enumerate([tokenizers.PAD, tokenizers.UNKNOWN, *vocabulary])}
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token=tokenizers.UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)]
+    )
+    return tokenizer
+
+
+def test_an_answer_begins_where_its_tokens_do():
+    tokenizer = tokens_of_digits()
+
+    class Digits(Words):
+        max_tokens = 24
+
+    Digits.tokenizer = tokenizers.to_json(tokenizer)
+    world = EnvConfig(image_size=16), BiasConfig("uniqueness", 0.1), SceneConfig(3)
+    batch = Questioner(Digits, *world)(0, np.arange(64))
+    starts = {"describe": "a ", "where": "x ", "point": "x ", "what": "a ", "exists": ("yes", "no")}
+    starts |= {"relation": ("yes", "no")}
+    for row, kind in enumerate(batch["kind"]):
+        assert tokenizer.decode(batch["tokens"][row][batch["answer_mask"][row]]).startswith(starts[KINDS[kind]])
+    tokenizer.enable_truncation(4, direction="left")
+    Digits.tokenizer = tokenizers.to_json(tokenizer)
+    with pytest.raises(UserError, match="the answer cannot be told from the question"):
+        Questioner(Digits, *world)(0, np.arange(64))
+
+
+def test_a_place_must_be_two_tokens():
+    questions.check_places(tokenizers.from_json(Words.tokenizer))
+    for tokenizer in (tokens_of_digits(), tokenizers.train_tokenizer(language.sentences())):
+        with pytest.raises(UserError, match="the place 'x0 y0' is not 2 tokens of this run's words"):
+            questions.check_places(tokenizer)
 
 
 def test_every_question_fits_and_uses_known_words():

@@ -23,6 +23,7 @@ import grain
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
+from tokenizers import Tokenizer
 
 from vla_jax.data import tokenizer as tokenizers
 from vla_jax.data.contract import Contract
@@ -68,6 +69,18 @@ def middle(answer: str) -> Float[np.ndarray, "2"]:
     """The inverse of `place`: the middle of its bin, or not a number where the answer is no place."""
     found = re.fullmatch(r"x(\d+) y(\d+)", answer)
     return (np.array(found.groups(), float) + 0.5) / BINS if found else np.full(2, np.nan)
+
+
+def check_places(tokenizer: Tokenizer) -> None:
+    """Raises UserError unless every place is PLACE_WORDS tokens of the tokenizer, so that so many of them name one."""
+    for number in range(BINS):
+        text = f"x{number} y{number}"
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        if len(ids) != PLACE_WORDS or tokenizer.decode(ids) != text:
+            raise UserError(
+                f"the place {text!r} is not {PLACE_WORDS} tokens of this run's words, so it cannot point: use a run "
+                "whose words are those of a dataset of the table"
+            )
 
 
 @functools.cache
@@ -124,7 +137,11 @@ def _instruct(task_name, scene, objects, target, phrase, rng) -> str:
 
 
 def _ask_exists(scene, objects, target, rng) -> Question:
-    """About an object that is there, or one that differs from it in colour or shape and is not."""
+    """About an object that is there, or one that differs from it in colour or shape and is not.
+
+    The latter may be of a held-out pair (`bias.HELD_OUT_PAIRS`), the former never is: "is there a red ball" always has
+    the answer "no", and questions about such pairs are 29 % of all with that answer.
+    """
     present = {(int(scene.color[slot]), int(scene.shape[slot])) for slot in objects}
     pair = (int(scene.color[target]), int(scene.shape[target]))
     there = bool(rng.integers(2))
@@ -186,21 +203,34 @@ class Questioner:
         Returns:
             images {view: uint8[B, H, W, 3]}, tokens int32[B, L] (question, then answer), token_mask bool[B, L],
             answer_mask bool[B, L] (True on the answer), kind int32[B] (index into KINDS).
+
+        Raises:
+            UserError: the contract's tokenizer does not know the words, or joins question and answer.
         """
         drawn = _draw(*self._world, self._views, np.array(self._stream), number, rows)
         images, pixels, scene, fits = jax.device_get(drawn)
-        texts, lengths, kinds = [], [], []
+        asked, whole, kinds = [], [], []
         for index, row in enumerate(rows):
             rng = np.random.default_rng((*self._stream, number, row))
             kinds.append(rng.choice(len(KINDS), p=SHARES))
             one = jax.tree.map(operator.itemgetter(index), scene)
-            asked = ask(KINDS[kinds[-1]], self._world[0].task, one, fits[index], pixels[index], rng)
-            texts.append(f"{asked.question} {asked.answer}")
-            lengths.append(len(asked.question.split()))
-        tokens, mask = tokenizers.encode(self._tokenizer, texts, self._length)
-        answer = mask & (np.arange(self._length) >= np.array(lengths)[:, None])
+            question = ask(KINDS[kinds[-1]], self._world[0].task, one, fits[index], pixels[index], rng)
+            asked.append(question.question)
+            whole.append(f"{question.question} {question.answer}")
+        tokens, mask = tokenizers.encode(self._tokenizer, whole, self._length)
+        answer = mask & ~self._begins(asked, whole, tokens)
         kind = np.array(kinds, np.int32)
         return {"images": images, "tokens": tokens, "token_mask": mask, "answer_mask": answer, "kind": kind}
+
+    def _begins(self, asked: list[str], whole: list[str], tokens: Int[np.ndarray, "B L"]) -> Bool[np.ndarray, "B L"]:
+        """Which tokens are the question's. A word may be several tokens, so words cannot be counted instead."""
+        alone, question = tokenizers.encode(self._tokenizer, asked, self._length)
+        for row in np.flatnonzero(((alone != tokens) & question).any(1)):
+            raise UserError(
+                f"the tokens of {whole[row]!r} do not begin with those of {asked[row]!r}, so the answer cannot be told "
+                "from the question: use another tokenizer"
+            )
+        return question
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -17,8 +17,7 @@ from jaxtyping import Float, UInt8
 
 from vla_jax.data import tokenizer as tokenizers
 from vla_jax.data.contract import Contract
-from vla_jax.envs.questions import PLACE_WORDS, middle, place
-from vla_jax.errors import UserError
+from vla_jax.envs.questions import PLACE_WORDS, check_places, middle
 from vla_jax.models.policy import Policy
 from vla_jax.models.reasoning import last_words, reasoned
 
@@ -29,13 +28,12 @@ class Pointer:
     policy, contract: of that run, whether it learned to act or not.
 
     Raises:
-        UserError: the run's words have no places.
+        UserError: the run's words have no places (`envs.questions.check_places`).
     """
 
     def __init__(self, policy: Policy, contract: Contract):
         tokenizer = tokenizers.from_json(contract.tokenizer)
-        if tokenizer.token_to_id(place(np.zeros(2)).split()[0]) is None:
-            raise UserError("this run's words name no places in a picture: it cannot point")
+        check_places(tokenizer)
         policy.config = dataclasses.replace(policy.config, reasoning=PLACE_WORDS)
         self._graph, self._weights = nnx.split(policy)
         self._tokenizer, self._contract = tokenizer, contract
