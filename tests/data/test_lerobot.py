@@ -5,13 +5,14 @@ import json
 import sys
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from tests.data.published import CAMERAS, LEROBOT_JOINTS, LEROBOT_RATE, lerobot_episode, write_lerobot
 from vla_jax.data.convert import ConvertConfig, convert
 from vla_jax.data.episode import decode_jpeg
-from vla_jax.data.layouts import Fault, Layout, Part
+from vla_jax.data.layouts import Fault, Layout, Part, assemble
 from vla_jax.data.lerobot import LerobotSource
 from vla_jax.errors import UserError
 
@@ -127,6 +128,22 @@ def test_pictures_in_the_table_keep_their_bytes(tmp_path):
     layout = dataclasses.replace(LAYOUT, images={"front": CAMERAS[0]})
     raw = next(LerobotSource(directory, layout).episodes())
     assert raw.columns[CAMERAS[0]] == [picture["bytes"] for picture in pictures]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+def test_texts_in_the_table_are_instructions(tmp_path, kind):
+    directory = write_lerobot(tmp_path / "towels", "v2.1", EPISODES[:1])
+    path = next((directory / "data").rglob("*.parquet"))
+    texts = [None, "", *["fold it"] * 5]
+    table = pq.read_table(path)
+    pq.write_table(table.append_column("language_instruction", pa.array(texts, kind)), path)
+    features = json.loads((directory / "meta/info.json").read_text())["features"]
+    features["language_instruction"] = {"dtype": "string", "shape": [1], "names": None}
+    changed_info(directory, features=features)
+    layout = dataclasses.replace(LAYOUT, instruction=Layout.instruction)
+    raw = next(LerobotSource(directory, layout).episodes())
+    assert raw.columns["language_instruction"] == ["", *texts[1:]]
+    assert assemble(raw, layout).instruction == "fold it"
 
 
 def changed_info(directory, **changes):

@@ -160,9 +160,11 @@ def _packed_table(path: Path, columns: tuple[str, ...]) -> pa.Table:
 
 
 def _values(column: pa.ChunkedArray) -> Any:
-    """Numbers as an array [T, D]; pictures, which are {"bytes", "path"}, as encoded bytes."""
+    """Numbers as an array [T, D]; texts as they are; pictures, which are {"bytes", "path"}, as encoded bytes."""
     if pa.types.is_struct(column.type):
         return [entry["bytes"] for entry in column.to_pylist()]
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return [text or "" for text in column.to_pylist()]
     values = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], pa.float64())
     while pa.types.is_list(values.type) or pa.types.is_fixed_size_list(values.type):
         values = values.flatten()
