@@ -257,7 +257,7 @@ def test_interrupted_conversion_goes_on(published, converted, tmp_path, monkeypa
     assert sorted(path.name for path in draft.glob("part*")) == ["part-00000", "part-00001", "part-00002"]
     (draft / "part-00003.draft").mkdir()  # what a killed process leaves
     assert not (tmp_path / "droid").exists()
-    with pytest.raises(UserError, match="begun from another source or with other settings"):
+    with pytest.raises(UserError, match="begun from another source or layout, or with other settings"):
         convert(dataclasses.replace(config, faulty="skip"), tmp_path)
     dataset = convert(config, tmp_path).dataset
     assert assembled[4:] == assembled[3:4] + ["recording_folderpath/4/file_path/4"] and not draft.exists()
@@ -267,6 +267,29 @@ def test_interrupted_conversion_goes_on(published, converted, tmp_path, monkeypa
         one, other = dataset.read(number), whole.read(number)
         np.testing.assert_array_equal(one.actions, other.actions)
         assert list(one.images["wrist"]) == list(other.images["wrist"])
+
+
+def test_a_layout_file_that_was_changed_meanwhile_is_refused(tmp_path):
+    """The first version of `episodes` fails in its second episode; what it gave of the first is not kept unasked."""
+    robot, folder = tmp_path / "robot.py", tmp_path / "recorded"
+    folder.mkdir()
+    robot.write_text(
+        "import numpy as np\n"
+        "from vla_jax.data.layouts import Layout, Part\n"
+        "numbers = (Part('numbers', ('x',), 'm'),)\n"
+        "LAYOUT = Layout('arm', 10.0, {'front': 'front'}, numbers, numbers, 'targets', ('text',))\n"
+        "def episodes(directory):\n"
+        "    for number in range(2):\n"
+        "        picture = np.zeros((3, 8, 8, 3), np.uint8)\n"
+        "        yield {'numbers': np.full((3, 1), 1.0 / (1 - number)), 'front': picture, 'text': 'go'}\n"
+    )
+    config = ConvertConfig(str(folder), str(robot))
+    with pytest.raises(ZeroDivisionError):
+        convert(config, tmp_path / "out")
+    robot.write_text(robot.read_text().replace("(1 - number)", "(2 - number)"))
+    with pytest.raises(UserError, match="begun from another source or layout"):
+        convert(config, tmp_path / "out")
+    assert len(convert(dataclasses.replace(config, name="again"), tmp_path / "out").dataset) == 2
 
 
 def test_fingerprint_follows_content(published, converted, tmp_path):

@@ -79,13 +79,14 @@ def convert(config: ConvertConfig, directory: str | Path) -> Conversion:
             begun there is a conversion of something else, or the disk is full. Whole parts are kept.
     """
     layout, function = find_layout(config.layout)
+    code = Path(config.layout).read_bytes() if config.layout.endswith(".py") else b""  # `episodes` may have changed
     source = open_source(config, layout, function)
     target = Path(directory) / (config.name or source.name)
     refuse_existing(target)
     draft = target.with_name(f"{target.name}.incomplete")
     origin = {
         "source": source.identity,
-        "layout": hashlib.sha256(repr(layout).encode()).hexdigest(),
+        "layout": hashlib.sha256(repr(layout).encode() + code).hexdigest(),
         "settings": [config.split, config.faulty, config.max_episodes, config.part_mb],
     }
     with full_disk_as_user_error(draft, "what was complete is kept"):
@@ -132,7 +133,9 @@ def _begin(draft: Path, origin: dict[str, Any]) -> None:
         draft.mkdir(parents=True)
         path.write_text(json.dumps(origin))
     elif json.loads(path.read_text()) != origin:
-        raise UserError(f"{draft} was begun from another source or with other settings: delete it, or use another name")
+        raise UserError(
+            f"{draft} was begun from another source or layout, or with other settings: delete it, or use another name"
+        )
 
 
 def _parts(draft: Path) -> list[dict[str, Any]]:
