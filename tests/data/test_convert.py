@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -267,6 +268,28 @@ def test_interrupted_conversion_goes_on(published, converted, tmp_path, monkeypa
         one, other = dataset.read(number), whole.read(number)
         np.testing.assert_array_equal(one.actions, other.actions)
         assert list(one.images["wrist"]) == list(other.images["wrist"])
+
+
+def test_a_conversion_that_died_before_its_name_is_complete(published, tmp_path, monkeypatch):
+    """Nothing is read again, whether it dies before it gets its name or at once after."""
+    config = ConvertConfig(str(published["bridge"]), "bridge")
+    for number, method in enumerate(("rename", "unlink")):
+        out, original = tmp_path / method, getattr(Path, method)
+
+        def dying(path, *arguments, original=original):
+            if path.name in ("bridge_dataset.incomplete", converting.ORIGIN):
+                raise KeyboardInterrupt
+            return original(path, *arguments)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, method, dying)
+            with pytest.raises(KeyboardInterrupt):
+                convert(config, out)
+        if number == 0:
+            part = (out / "bridge_dataset.incomplete/part-00000/actions.npy").stat()
+            convert(config, out)
+            assert (out / "bridge_dataset/part-00000/actions.npy").stat() == part
+        assert len(open_dataset(out / "bridge_dataset")) == 5
 
 
 def test_a_layout_file_that_was_changed_meanwhile_is_refused(tmp_path):

@@ -93,8 +93,8 @@ def convert(config: ConvertConfig, directory: str | Path) -> Conversion:
         _begin(draft, origin)
         skipped = _write_parts(draft, source, layout, config)
         _describe(draft, target.name, layout, config, skipped)
-        (draft / ORIGIN).unlink()
         draft.rename(target)
+        (target / ORIGIN).unlink()  # not before: without it, what lies in the draft is thrown away
     return Conversion(StepDataset(target), skipped)
 
 
