@@ -208,7 +208,7 @@ def test_cache_is_bounded_and_used(dataset_path, monkeypatch):
     for number in range(len(dataset)):
         np.testing.assert_array_equal(cache[number].actions, dataset.read(number).actions)
         assert cache.nbytes <= limit
-    assert cache.nbytes == sum(episode.nbytes for episode in cache._episodes.values()) > 0
+    assert cache.nbytes == sum(episode.nbytes for episode, _ in cache._episodes.values()) > 0
     monkeypatch.setattr(dataset, "read", None)  # the last one must come from memory
     assert len(cache[len(dataset) - 1].actions) == dataset.lengths[-1]
     with pytest.raises(TypeError):

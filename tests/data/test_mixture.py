@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.data.published import write_published
+from vla_jax.data import steps as stored
 from vla_jax.data.contract import Contract, compute_contract
 from vla_jax.data.convert import ConvertConfig, convert
 from vla_jax.data.dataset import open_dataset
@@ -61,6 +62,19 @@ def test_each_robot_keeps_its_units(config, robots):
             np.testing.assert_array_equal(batch["action_mask"][row], left[:, None] & (np.arange(8) < width))
             back = robot.denormalize_state(batch["state"][row, : len(robot.state_names)])
             np.testing.assert_allclose(back, episode.state[step], atol=1e-5)
+
+
+def test_a_step_of_a_converted_member_costs_its_own_picture(robots, dataset_path, monkeypatch):
+    """Beside a collected member, whose episodes are kept whole."""
+    mixture = ((str(dataset_path), 1.0), (robots["droid"], 1.0))
+    config = DataConfig(mixture=mixture, image_size=16, batch_size=8, chunk=3, held_out_fraction=0.0)
+    contract = data_contract(config)
+    reader = BatchReader(open_data(config, contract), contract, config, views=("front",))
+    first, read, original = len(open_dataset(dataset_path)), [], stored._Column.__getitem__
+    monkeypatch.setattr(stored._Column, "__getitem__", lambda self, step: read.append(step) or original(self, step))
+    batch = reader(np.linspace(0, len(reader) - 1, 40).astype(int))
+    converted = batch["episode"] >= first
+    assert 0 < converted.sum() < 40 and read == batch["step"][converted].tolist()
 
 
 def test_a_robot_is_asked_for_by_its_name(config):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from vla_jax.data.episode import StoredEpisode
 from vla_jax.data.interface import Interface
@@ -23,7 +23,7 @@ class Dataset(Protocol):
         lengths: int32, steps of each episode.
         episode_names: what each episode is called for ever, wherever the dataset lies.
         fingerprint: hash of the content; equal for equal content, wherever it lies.
-        reads_steps: whether a step can be read without its whole episode.
+        reads_steps: of each episode, whether a step of it can be read without the whole.
     """
 
     directory: Path
@@ -33,7 +33,7 @@ class Dataset(Protocol):
     lengths: Int[np.ndarray, "E"]
     episode_names: tuple[str, ...]
     fingerprint: str
-    reads_steps: bool
+    reads_steps: Bool[np.ndarray, "E"]
 
     def __len__(self) -> int: ...
 

@@ -100,27 +100,33 @@ def held_out_episodes(names: Sequence[str], fraction: float) -> Bool[np.ndarray,
 
 
 class EpisodeCache:
-    """Episodes read before, least recently used first out, bounded by their bytes. Safe to use from several threads."""
+    """Episodes read before, least recently used first out, bounded by their bytes. Safe to use from several threads.
+
+    Episodes whose steps can be read alone hold no pictures, so they are not kept.
+    """
 
     def __init__(self, dataset: Dataset, max_bytes: int):
         self._dataset = dataset
         self._max_bytes = max_bytes
-        self._episodes: collections.OrderedDict[int, StoredEpisode] = collections.OrderedDict()
+        self._episodes: collections.OrderedDict[int, tuple[StoredEpisode, int]] = collections.OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
 
     def __getitem__(self, index: int) -> StoredEpisode:
+        if self._dataset.reads_steps[index]:
+            return self._dataset.read(index)
         with self._lock:
             if index in self._episodes:
                 self._episodes.move_to_end(index)
-                return self._episodes[index]
+                return self._episodes[index][0]
         episode = self._dataset.read(index)  # without the lock: other threads go on meanwhile
+        size = episode.nbytes
         with self._lock:
             if index not in self._episodes:
-                self._episodes[index] = episode
-                self._bytes += episode.nbytes
+                self._episodes[index] = episode, size
+                self._bytes += size
             while self._bytes > self._max_bytes:
-                self._bytes -= self._episodes.popitem(last=False)[1].nbytes
+                self._bytes -= self._episodes.popitem(last=False)[1][1]
         return episode
 
     @property
@@ -148,8 +154,7 @@ class BatchReader:
         self._start()
 
     def _start(self):
-        cached = not self._dataset.reads_steps
-        self._read = EpisodeCache(self._dataset, self._max_bytes).__getitem__ if cached else self._dataset.read
+        self._read = EpisodeCache(self._dataset, self._max_bytes).__getitem__
         self._tokenizer = tokenizers.from_json(self._contract.tokenizer)
         self._tokens: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._cut = 0

@@ -130,7 +130,7 @@ class MixedDataset:
         self.lengths = np.concatenate([dataset.lengths for dataset in datasets])
         self.episode_names = tuple(name for dataset in datasets for name in dataset.episode_names)
         self.fingerprint = _hash([[d.fingerprint for d in datasets], self.weights.tolist()])
-        self.reads_steps = all(dataset.reads_steps for dataset in datasets)
+        self.reads_steps = np.concatenate([dataset.reads_steps for dataset in datasets])
         self.first = np.concatenate([[0], np.cumsum([len(dataset) for dataset in datasets])])
         self._contract = contract
         self._robots: list[str] = []  # of each member, its name in the contract; "" where all are of one robot

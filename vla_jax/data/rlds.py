@@ -210,14 +210,13 @@ def _update_digest(digest, record: dict[str, Any]) -> None:
 class RldsDataset:
     """A `data.dataset.Dataset` that `write_rlds` wrote: it holds paths, not data."""
 
-    reads_steps = False  # a step costs its whole episode: keep those
-
     def __init__(self, directory, name, interface, facts, lengths, fingerprint, shards):
         self.directory = directory
         self.name = name
         self.interface = interface
         self.facts = facts
         self.lengths = lengths
+        self.reads_steps = np.zeros(len(lengths), bool)  # a step costs its whole episode: keep those
         self.episode_names = tuple(f"{name}/{number}" for number in range(len(lengths)))
         self.fingerprint = fingerprint
         with _damage_as_user_error(directory):

@@ -60,8 +60,6 @@ class StepDataset:
     instructions: what was asked for in each episode.
     """
 
-    reads_steps = True
-
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
         try:
@@ -77,6 +75,7 @@ class StepDataset:
         rows = [row for part in episodes for row in part]
         self.lengths = np.array([row["length"] for row in rows], np.int32)
         self.episode_names = tuple(f"{self.name}/{row['id']}" for row in rows)
+        self.reads_steps = np.ones(len(rows), bool)
         self.instructions = tuple(row["instruction"] for row in rows)
         self._first = np.concatenate([[0], np.cumsum([len(part) for part in episodes])])  # episode of each part
         self._begin = np.concatenate(
