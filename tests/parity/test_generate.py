@@ -96,5 +96,7 @@ def test_draws_follow_temperature_and_the_nucleus():
 
     np.testing.assert_allclose(frequency(1.0, 1.0), probability, atol=0.01)
     np.testing.assert_allclose(frequency(1.0, 0.7), [0.625, 0.375, 0, 0], atol=0.01)
+    none = draw(logits[:, ::-1], jnp.float32(1.0), jnp.float32(0.0), jax.random.key(0))
+    assert (none == 3).all(), "the likeliest is always kept"
     flat = probability**0.5 / (probability**0.5).sum()
     np.testing.assert_allclose(frequency(2.0, 1.0), flat, atol=0.01)

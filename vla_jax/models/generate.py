@@ -114,6 +114,6 @@ def draw(
     logits = logits / temperature
     ordered = jnp.sort(logits, -1, descending=True)
     probability = jax.nn.softmax(ordered, -1)
-    kept = jnp.cumsum(probability, -1) - probability < top_p  # the likeliest is always kept
+    kept = (jnp.cumsum(probability, -1) - probability < top_p).at[..., 0].set(True)  # the likeliest is always kept
     least = jnp.min(jnp.where(kept, ordered, jnp.inf), -1, keepdims=True)
     return jax.random.categorical(key, jnp.where(logits >= least, logits, -jnp.inf))
