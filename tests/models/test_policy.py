@@ -343,6 +343,8 @@ def test_impossible_inputs_are_named(observation):
     policy, tokens = make_policy(), np.ones((3, 7), np.int32)
     with pytest.raises(UserError, match="7 tokens; this policy was made for at most 6"):
         policy.encode(observation["images"], tokens, tokens > 0)
+    with pytest.raises(UserError, match="7 tokens; this policy was made for at most 6"):
+        make_policy(reasoning=2).encode(observation["images"], tokens, tokens > 0)
     with pytest.raises(UserError, match="'wrist', got none"):
         policy.encode({"front": observation["images"]["front"]}, TOKENS, TOKENS > 0)
     with pytest.raises(UserError, match="no prior branch"):

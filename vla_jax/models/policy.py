@@ -50,7 +50,7 @@ class PolicyConfig:
     """encoder: "vit" (set up by `vision`), "keypoints" (by `keypoints`) or "qwen3_vl" (by `qwen_vision`).
     vocabulary, tied, word_scale: see `models.words`; 0 words are those of the tokenizer.
     opening, closing: ids of the words before and after all pictures; brackets: of one before and one after each.
-    image_bidirectional: picture tokens see all picture tokens, not only those before them.
+    image_bidirectional: picture tokens see all pictures and all of those words, not only what comes before them.
     conditioning: "queries" (the expert sees the latent queries only), "tokens" (it sees all of [v, l], and there are no
     queries: the usual baseline) or "reasoning" (it sees only the words of `reasoning`; no queries either).
     reasoning: words that the language model says after the instruction, before the policy acts on both (0: none; see
@@ -193,10 +193,13 @@ class Policy(Words):
         if self.reader is None and "action" in branches:
             raise UserError("this policy cannot read actions: set policy.read_actions = true")
         room = self.facts.max_tokens + self.config.reasoning
-        if text > room:
-            raise UserError(f"instructions of {text} tokens; this policy was made for at most {self.facts.max_tokens}")
+        self._check_length(text, room)
         queries = 0 if self.queries is None else self.config.queries
         return branched(self.prefix, queries, text, room, tuple(branches), actions=self.config.chunk)
+
+    def _check_length(self, tokens: int, most: int) -> None:
+        if tokens > most:
+            raise UserError(f"instructions of {tokens} tokens; this policy was made for at most {most}")
 
     @property
     def _views(self) -> list[tuple[str, slice]]:
@@ -248,6 +251,7 @@ class Policy(Words):
         They say what the model was taught to answer (`losses.questions`). No gradient passes, so actions do not teach
         them; and the policy learns to act on its own words, not on true ones.
         """
+        self._check_length(tokens.shape[1], self.facts.max_tokens)
         if not self.config.reasoning:
             return Instruction(tokens, token_mask)
         thinker = frozen(self)
