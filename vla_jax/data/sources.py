@@ -55,7 +55,8 @@ class RldsSource:
         split: which split.
 
     Raises:
-        UserError: no such dataset or split, shards are missing, or it lacks a feature of the layout.
+        UserError: no such dataset or split, or shards are missing. Whether it has the features of the layout is seen
+            when an episode is put together (`data.layouts.assemble`).
     """
 
     def __init__(self, directory: str | Path, layout: Layout, split: str = "train"):
