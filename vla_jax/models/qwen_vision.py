@@ -119,12 +119,18 @@ class QwenVision(nnx.Module):
         mask = None if pictures.valid is None else pictures.valid[:, None]
         rotary = plane_rotation(pictures.place, self.config.width // self.config.heads)
 
-        def layer(block, x, each):
-            x = block(x, each, mask, rotary)
-            return x, x
+        # Each tap is written to its place as it comes; results of the layers would be kept for all of them.
+        count = len(self.config.taps)
+        slots = np.full(self.config.depth, count)  # of most layers, none: past the last
+        slots[list(self.config.taps)] = np.arange(count)
 
-        x, outputs = self.blocks.run(layer, patches + position.astype(patches.dtype))
-        tapped = outputs[np.array(self.config.taps)]
+        def layer(block, carry, slot):
+            x, tapped = carry
+            x = block(x, None, mask, rotary)
+            return (x, tapped.at[slot].set(x, mode="drop")), None
+
+        x = patches + position.astype(patches.dtype)
+        (x, tapped), _ = self.blocks.run(layer, (x, jnp.zeros((count, *x.shape), x.dtype)), slots)
         _, taps = self.tap_mergers.run(lambda merger, carry, x: (carry, merger(x)), None, tapped)
         return self.merger(x), taps
 
