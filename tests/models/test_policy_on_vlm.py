@@ -15,9 +15,9 @@ from vla_jax.models.paligemma import PaliGemma, PaliGemmaConfig
 from vla_jax.models.policy import Policy, PolicyConfig
 from vla_jax.models.presets import PRESETS, on_vlm
 from vla_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig, positions
-from vla_jax.models.qwen_vision import QwenVisionConfig
+from vla_jax.models.qwen_vision import QwenVisionConfig, cut
 from vla_jax.models.trunk import TrunkConfig
-from vla_jax.models.vision import VisionConfig
+from vla_jax.models.vision import VisionConfig, patchify
 from vla_jax.nn.flat import flatten, unflatten
 from vla_jax.nn.lora import LoraConfig, merge_adapters
 
@@ -91,6 +91,29 @@ def test_packed_branches_are_two_separate_passes(name, images):
             packed[branch].predictors[MASK], separate[branch].predictors[MASK], atol=1e-5, err_msg=branch
         )
     assert np.abs(packed["prior"].hidden - packed["posterior"].hidden).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", VLMS)
+def test_every_image_token_has_its_place_in_the_picture(name, images):
+    """A token is made of the patches of the square about its place, and of no others."""
+    vision = nnx.merge(*made(name)).vision
+    places, reach = np.asarray(vision.places(images)), vision.reach
+    assert places.shape == (2, vision.tokens, 2) and vision.tokens == 2 * (32 // reach) ** 2
+    front, wrist = np.split(places[0], 2)
+    np.testing.assert_array_equal(front, wrist)
+    assert len(np.unique(front, axis=0)) == len(front)
+    for number, (column, row) in enumerate(front):
+        top, left = int(row - reach / 2), int(column - reach / 2)
+        picture = np.zeros((1, 32, 32, 3), np.float32)
+        picture[:, top : top + reach, left : left + reach] = 1
+        cells = patches_of(name, picture).reshape(len(front), -1)  # the patches of a token follow each other
+        assert np.flatnonzero(cells.any(1)).tolist() == [number] and cells[number].all()
+
+
+def patches_of(name, picture):
+    """The patches of a picture, as the tower of that name takes them."""
+    vision = VLMS[name].vision
+    return np.asarray(cut(picture, vision) if name == "qwen" else patchify(picture, vision.patch))[0]
 
 
 @pytest.mark.parametrize("name", VLMS)

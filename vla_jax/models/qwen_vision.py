@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from vla_jax.errors import UserError
-from vla_jax.models.vision import VisionBlock, stack_views
+from vla_jax.models.vision import VisionBlock, middles, stack_views
 from vla_jax.nn.dense import Dense
 from vla_jax.nn.mlp import GeluMLP
 from vla_jax.nn.norm import LayerNorm
@@ -166,10 +166,19 @@ class QwenViews(QwenVision):
         """Number of tokens for all views together."""
         return len(self.views) * self.grid[0] * self.grid[1]
 
+    @property
+    def reach(self) -> int:
+        """Side in pixels of the square that a token stands for."""
+        return self.image_size // self.grid[0]
+
+    def places(self, images: dict[str, UInt8[Array, "B height width 3"]]) -> Float[Array, "B T 2"]:
+        """(column, row) of the middle of every token's square, in pixels of its view."""
+        return middles(self.grid, self.image_size, self.views, len(images[self.views[0]]))
+
     def __call__(
         self, images: dict[str, UInt8[Array, "B height width 3"]]
     ) -> tuple[Float[Array, "B T D"], Float[Array, "n B T D"]]:
-        """All views' tokens, view after view, and their taps."""
+        """All views' tokens, view after view, each in raster order of the merged squares, and their taps."""
         pixels = stack_views(images, self.views, self.image_size)
         B, views = pixels.shape[:2]
         side = self.image_size // self.config.patch

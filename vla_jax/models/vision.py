@@ -104,15 +104,11 @@ class VisionEncoder(nnx.Module):
     @property
     def reach(self) -> int:
         """Side in pixels of the square that a token stands for."""
-        return self.patch_size * self.merge
+        return self.image_size // self.grid[0]
 
     def places(self, images: dict[str, UInt8[Array, "B height width 3"]]) -> Float[Array, "B T 2"]:
         """(column, row) of the middle of every token's square, in pixels of its view."""
-        middle = self.reach * (np.arange(self.image_size // self.reach) + 0.5)
-        row, column = np.meshgrid(middle, middle, indexing="ij")
-        one_view = np.stack([column.ravel(), row.ravel()], -1)
-        size = len(images[self.views[0]])
-        return jnp.broadcast_to(np.tile(one_view, (len(self.views), 1)), (size, self.tokens, 2))
+        return middles(self.grid, self.image_size, self.views, len(images[self.views[0]]))
 
     def __call__(self, images: dict[str, UInt8[Array, "B height width 3"]]) -> Float[Array, "B T D"]:
         """All views' tokens, view after view, each in raster order."""
@@ -132,6 +128,15 @@ class VisionEncoder(nnx.Module):
 
     def _read(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.project(merge_patches(self.norm(self.blocks(x.astype(self.patch.dtype))), self.merge))
+
+
+def middles(grid: tuple[int, int], image_size: int, views: tuple[str, ...], samples: int) -> Float[Array, "B T 2"]:
+    """(column, row), in pixels, of the middles of the squares that an even grid cuts a picture into: view after view,
+    each in raster order, the same for all samples."""
+    row, column = (image_size / cells * (np.indices(grid)[axis] + 0.5) for axis, cells in enumerate(grid))
+    one_view = np.stack([column.ravel(), row.ravel()], -1)
+    every = np.tile(one_view, (len(views), 1))
+    return jnp.broadcast_to(every, (samples, *every.shape))
 
 
 def stack_views(
