@@ -140,7 +140,7 @@ def _ask_exists(scene, objects, target, rng) -> Question:
     """About an object that is there, or one that differs from it in colour or shape and is not.
 
     The latter may be of a held-out pair (`bias.HELD_OUT_PAIRS`), the former never is: "is there a red ball" always has
-    the answer "no", and questions about such pairs are 29 % of all with that answer.
+    the answer "no", and questions about such pairs are about 30 % of all with that answer.
     """
     present = {(int(scene.color[slot]), int(scene.shape[slot])) for slot in objects}
     pair = (int(scene.color[target]), int(scene.shape[target]))
