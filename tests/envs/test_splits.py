@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from vla_jax.envs import language
+from vla_jax.envs import collect, language, questions, splits
 from vla_jax.envs.bias import BACKGROUND_PAIRS, HELD_OUT_PAIRS, BiasConfig
 from vla_jax.envs.commands import valid_commands
 from vla_jax.envs.sampling import sample_episode
@@ -133,7 +133,8 @@ def test_cases_are_reproducible_and_start_alike_whatever_their_number():
 
 
 def test_cases_do_not_meet_the_training_episodes_of_the_same_seed():
-    keys = jax.random.split(jax.random.key(3), CASES)
+    assert len({collect._DOMAIN, splits._DOMAIN, questions._DOMAIN}) == 3
+    keys = collect._keys(3, np.arange(CASES))
     draw = jax.vmap(lambda key: sample_episode(key, "place_relative", BIAS))
     trained, _, _ = jax.jit(draw)(keys)
     tested = cases("swapped")[0]
