@@ -14,12 +14,13 @@ from vla_jax.data.contract import Contract
 from vla_jax.data.episode import decode_jpeg
 from vla_jax.data.rlds import open_rlds
 from vla_jax.envs import collect as collecting
-from vla_jax.envs import commands, language, splits
+from vla_jax.envs import language, splits
 from vla_jax.envs.bias import BiasConfig, closed_form_entropy, command_distribution
 from vla_jax.envs.collect import CollectConfig, Tally, collect, instruction_entropy, instruction_log_probability
 from vla_jax.envs.control import proprioception
 from vla_jax.envs.env import EnvConfig, Tabletop
 from vla_jax.envs.sampling import sample_episode
+from vla_jax.envs.tasks import FAMILIES
 from vla_jax.errors import UserError
 
 CONFIG = CollectConfig(env=EnvConfig(image_size=16), episodes=10, batch=8)
@@ -219,7 +220,7 @@ def test_every_family_can_be_said():
 
     interface = collecting.interface_of(EnvConfig())
     tokenizer = tokenizers.from_json(interface.tokenizer)
-    for family in commands.FAMILIES:
+    for family in FAMILIES:
         said = language.sentences(family)[::97]
         _, mask = tokenizers.encode(tokenizer, list(said), interface.max_tokens)
         assert mask.any(axis=1).all()

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vla_jax.envs.commands import FAMILIES, valid_commands
+from vla_jax.envs.commands import valid_commands
 from vla_jax.envs.scene import RELATIONS, Scene
+from vla_jax.envs.tasks import FAMILIES
 from vla_jax.errors import UserError
 
 MIDDLE = (0.5, 0.0)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from vla_jax.envs import language
-from vla_jax.envs.commands import FAMILIES
 from vla_jax.envs.language import PARAPHRASES, REFERENTS, TRAIN_TEMPLATES
 from vla_jax.envs.scene import COLORS, SHAPES, Command, Scene
+from vla_jax.envs.tasks import FAMILIES
 from vla_jax.errors import UserError
 
 NAMES = list(COLORS)

@@ -7,11 +7,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from vla_jax.data import tokenizer as tokenizers
 from vla_jax.envs import language, questions
 from vla_jax.envs.bias import HELD_OUT_PAIRS, BiasConfig
-from vla_jax.envs.commands import FAMILIES
 from vla_jax.envs.env import EnvConfig
 from vla_jax.envs.questions import BINS, KINDS, Questioner, QuestionStream, ask
 from vla_jax.envs.sampling import SceneConfig
 from vla_jax.envs.scene import COLORS, SHAPES, Scene
+from vla_jax.envs.tasks import FAMILIES
 from vla_jax.errors import UserError
 
 

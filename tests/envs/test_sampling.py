@@ -9,9 +9,10 @@ import pytest
 
 from vla_jax.envs import sampling
 from vla_jax.envs.bias import BACKGROUND_PAIRS, HELD_OUT_PAIRS, BiasConfig
-from vla_jax.envs.commands import FAMILIES, valid_commands
+from vla_jax.envs.commands import valid_commands
 from vla_jax.envs.sampling import SceneConfig, sample_episode
 from vla_jax.envs.scene import COLORS, NUM_BACKGROUNDS, NUM_TRAIN_BACKGROUNDS, SHAPES, TABLE_X, TABLE_Y
+from vla_jax.envs.tasks import FAMILIES
 from vla_jax.errors import UserError
 
 EPISODES = 400

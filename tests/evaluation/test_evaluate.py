@@ -124,7 +124,7 @@ def test_every_policy_reads_the_same_texts_by_its_own_tokenizer(evaluator, make_
 
 
 def test_splits_and_counts_are_checked(make_contract):
-    with pytest.raises(UserError, match="unknown split 'swaped'; did you mean 'swapped'"):
+    with pytest.raises(UserError, match="unknown split 'swaped': did you mean 'swapped'"):
         Evaluator(make_contract(), dataclasses.replace(CONFIG, splits=("swaped",)))
     with pytest.raises(UserError, match="eval.scenes is 0"):
         EvalConfig(scenes=0)

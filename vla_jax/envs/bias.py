@@ -29,7 +29,6 @@ Axis legend: N object slots, M commands of `commands.valid_commands`. A leading 
 """
 
 import dataclasses
-import difflib
 import functools
 import math
 
@@ -40,6 +39,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vla_jax.envs.commands import valid_commands
 from vla_jax.envs.scene import COLORS, NUM_SLOTS, NUM_TRAIN_BACKGROUNDS, SHAPES, Command, Scene
 from vla_jax.errors import UserError
+from vla_jax.schema import nearest
 
 COUPLINGS = ("background", "salience", "uniqueness")
 
@@ -83,8 +83,7 @@ class BiasConfig:
 
     def __post_init__(self):
         if self.coupling not in COUPLINGS:
-            nearest = difflib.get_close_matches(str(self.coupling), COUPLINGS, n=1, cutoff=0.0)[0]
-            raise UserError(f"unknown coupling {self.coupling!r}; did you mean {nearest!r}? {', '.join(COUPLINGS)}.")
+            raise UserError(f"unknown coupling {self.coupling!r}{nearest(self.coupling, COUPLINGS)}")
         if not 0.0 <= self.rho <= 1.0:
             raise UserError(f"rho is a probability, got {self.rho}; give a number from 0 to 1.")
 

@@ -11,7 +11,6 @@ per family, with a mask, so that it can be built, sampled from and summed over i
 Axis legend: N object slots, Z zone slots, M combinations. A leading scene axis is mapped over.
 """
 
-import difflib
 import functools
 
 import jax
@@ -31,21 +30,12 @@ from vla_jax.envs.scene import (
     Command,
     Scene,
 )
-from vla_jax.errors import UserError
-
-FAMILIES = ("reach", "push", "pick", "place_on", "place_relative")
+from vla_jax.envs.tasks import check_family
 
 PUSH_RUN_UP = 0.05  # the gripper comes down this far behind the object that it pushes (metres)
 PUSH_CLEARANCE = 0.06  # from the pushed object's path, run-up included, to any other object's centre (metres)
 RELATIVE_CLEARANCE = 0.08  # from the spot asked for to any third object's centre, so that the open fingers fit (metres)
 RELATIVE_TRAVEL = 0.065  # a target that already is this near the spot asked for has nothing to do (metres)
-
-
-def check_family(task_name: str) -> None:
-    """Raises UserError, with the nearest known name, unless `task_name` is one of FAMILIES."""
-    if task_name not in FAMILIES:
-        nearest = difflib.get_close_matches(str(task_name), FAMILIES, n=1, cutoff=0.0)[0]
-        raise UserError(f"unknown task {task_name!r}; did you mean {nearest!r}? Tasks: {', '.join(FAMILIES)}.")
 
 
 def has_zones(task_name: str) -> bool:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vla_jax.envs import control, mjcf
 from vla_jax.envs.kinematics import Kinematics
 from vla_jax.envs.physics import Bodies, PhysicsState, make_engine
-from vla_jax.envs.scene import NUM_SLOTS, PARKED_X, VIEWS, Command, Scene
+from vla_jax.envs.scene import NUM_SLOTS, PARKED_X, Command, Scene
 from vla_jax.envs.tasks import get_task
 from vla_jax.envs.views import observe_images
 
@@ -60,7 +60,6 @@ class Tabletop:
         self.config = config
         self.task = get_task(config.task)
         self.model = mjcf.build_model(config.embodiment, post)
-        self.views = VIEWS
         self.max_ticks = config.max_ticks or self.task.max_ticks
         self.kinematics = Kinematics(self.model)
         self.controller = control.Controller(config.embodiment, self.model, self.kinematics)

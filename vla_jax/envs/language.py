@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from vla_jax.envs.bias import object_pair
-from vla_jax.envs.commands import FAMILIES, check_family
 from vla_jax.envs.scene import COLORS, RELATIONS, SHAPES, ZONES, Command, Scene
+from vla_jax.envs.tasks import FAMILIES, check_family
 
 REFERENTS = ("color and shape", "color", "shape", "leftmost", "rightmost", "nearest", "farthest")
 REFERENT_WEIGHTS = (0.7, 0.05, 0.05, 0.05, 0.05, 0.05, 0.05)  # before those that do not fit are struck out

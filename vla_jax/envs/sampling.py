@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from vla_jax.envs import bias as bias_law
 from vla_jax.envs import language
 from vla_jax.envs.bias import BiasConfig
-from vla_jax.envs.commands import check_family, has_zones, valid_commands
+from vla_jax.envs.commands import has_zones, valid_commands
 from vla_jax.envs.scene import (
     COLORS,
     NUM_BACKGROUNDS,
@@ -35,6 +35,7 @@ from vla_jax.envs.scene import (
     Scene,
     take,
 )
+from vla_jax.envs.tasks import check_family
 from vla_jax.errors import UserError
 
 # Least distances between centres (metres). An open gripper needs 9 cm to go round an object beside another.

@@ -14,7 +14,6 @@ apart from those of any other use of the seed.
 """
 
 import dataclasses
-import difflib
 import functools
 
 import jax
@@ -23,10 +22,12 @@ import numpy as np
 
 from vla_jax.envs import language
 from vla_jax.envs.bias import BiasConfig, cue_target
-from vla_jax.envs.commands import check_family, valid_commands
+from vla_jax.envs.commands import valid_commands
 from vla_jax.envs.sampling import DEFAULT_SCENE, SceneConfig, cue_command, sample_command, sample_episode, word
 from vla_jax.envs.scene import Command, Scene, take
+from vla_jax.envs.tasks import check_family
 from vla_jax.errors import UserError
+from vla_jax.schema import nearest
 
 SPLITS = (
     "in_distribution",
@@ -60,8 +61,7 @@ def make_cases(
         UserError: unknown split or family, or n < 1.
     """
     if split not in SPLITS:
-        nearest = difflib.get_close_matches(str(split), SPLITS, n=1, cutoff=0.0)[0]
-        raise UserError(f"unknown split {split!r}; did you mean {nearest!r}? Splits: {', '.join(SPLITS)}.")
+        raise UserError(f"unknown split {split!r}{nearest(split, SPLITS)}")
     check_family(task_name)
     if n < 1:
         raise UserError(f"a split needs at least one case, got n = {n}.")

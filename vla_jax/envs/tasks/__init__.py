@@ -1,7 +1,5 @@
 """The task families by name."""
 
-import difflib
-
 from vla_jax.envs.tasks.base import Task
 from vla_jax.envs.tasks.pick import Pick
 from vla_jax.envs.tasks.place_on import PlaceOn
@@ -9,14 +7,19 @@ from vla_jax.envs.tasks.place_relative import PlaceRelative
 from vla_jax.envs.tasks.push import Push
 from vla_jax.envs.tasks.reach import Reach
 from vla_jax.errors import UserError
+from vla_jax.schema import nearest
 
 TASKS: dict[str, Task] = {task.name: task for task in (Reach(), Push(), Pick(), PlaceOn(), PlaceRelative())}
+FAMILIES = tuple(TASKS)
+
+
+def check_family(name: str) -> None:
+    """Raises UserError, with the nearest known name, unless `name` is one of FAMILIES."""
+    if name not in FAMILIES:
+        raise UserError(f"unknown task {name!r}{nearest(name, FAMILIES)}")
 
 
 def get_task(name: str) -> Task:
-    """The family of that name. UserError with the nearest name when there is none."""
-    if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(TASKS)}"
-        raise UserError(f"unknown task {name!r}: {hint}")
+    """The family of that name. Raises UserError when there is none."""
+    check_family(name)
     return TASKS[name]
