@@ -103,6 +103,17 @@ def test_a_scene_whose_reply_has_no_program_is_a_failure(policy, contract):
         SteerStudy(policy, contract, config, Stored("No.")).prepare("in_distribution")
 
 
+def test_a_wrong_target_needs_a_program_that_leaves_the_target_open(policy, contract):
+    """What names its keypoint by number would take the hand to the same place in both arms."""
+    config = SteerStudyConfig(("in_distribution",), ("gradient", "wrong_target"), scenes=2, batch=2)
+    with pytest.raises(UserError, match="'wrong_target' .* write {target} in the stored program, or leave the arm out"):
+        SteerStudy(policy, contract, config, Stored(REACH)).prepare("in_distribution")
+    text = REACH.replace('"keypoint": 0', '"keypoint": "{target}"')
+    prepared = SteerStudy(policy, contract, config, Stored(text)).prepare("in_distribution")
+    target, wrong = ([program.to_json() for program in one.programs] for one in (prepared.target, prepared.wrong))
+    assert all(one != other for one, other in zip(target, wrong, strict=True))
+
+
 @pytest.mark.slow
 def test_the_reward_alone_cannot_grasp(policy, contract):
     """It brings the open hand to the object, and there the fingers stay as they are."""

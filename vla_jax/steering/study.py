@@ -161,7 +161,8 @@ class SteerStudy:
         """Scenes, keypoints and programs of a shift.
 
         Raises:
-            UserError: no scene has a program; the writer gives no reply.
+            UserError: no scene has a program; the writer gives no reply; the arm 'wrong_target' with a reply that names
+                no TARGET, as its program would be that of the other arms.
         """
         if shift in self._prepared:
             return self._prepared[shift]
@@ -177,10 +178,18 @@ class SteerStudy:
             places = self._point(table, state, [cases.text[row] for row in rows]) if self._pointer else None
             found += perceive(table, state, places=places)[:count]
         other = wrong_targets(trials)
-        target = self._write(trials, cases.text, found, np.asarray(trials.command.target))
+        replies = self._ask(cases.text, found)
+        target = self._read(replies, trials, found, np.asarray(trials.command.target))
         if not any(target.programs):
             raise UserError(f"no scene of {shift!r} has a reward program: {target.failures[0]}")
-        wrong = self._write(trials, cases.text, found, other) if "wrong_target" in config.arms else target
+        wrong = target
+        if "wrong_target" in config.arms:
+            if any(program and TARGET not in reply for reply, program in zip(replies, target.programs, strict=True)):
+                raise UserError(
+                    f"the arm 'wrong_target' puts another object in place of {TARGET}, and a reward program has none: "
+                    f"write {TARGET} in the stored program, or leave the arm out"
+                )
+            wrong = self._read(replies, trials, found, other)
         self._prepared[shift] = Prepared(trials, list(cases.text), found, other, target, wrong)
         return self._prepared[shift]
 
@@ -195,19 +204,25 @@ class SteerStudy:
             self._tables[post] = Tabletop(self.world.env, post)
         return self._tables[post]
 
-    def _write(self, trials: Trials, texts: Sequence[str], found: Sequence[Perceived], slots) -> Written:
+    def _ask(self, texts: Sequence[str], found: Sequence[Perceived]) -> list[str]:
+        """What the writer replies for each scene."""
+        replies = []
+        for text, one in zip(texts, found, strict=True):
+            points = one.keypoints
+            view = View(points.position, points.position)
+            replies.append(self._writer(Request(make_prompt(text, points.labels, view), one.picture)))
+        return replies
+
+    def _read(self, replies: Sequence[str], trials: Trials, found: Sequence[Perceived], slots) -> Written:
         """One program a scene; what is wrong with a reply is kept, and its scene is a failure."""
         programs: list[Program | None] = []
         failures: list[str] = []
-        for row, (text, one) in enumerate(zip(texts, found, strict=True)):
-            points = one.keypoints
-            view = View(points.position, points.position)
-            reply = self._writer(Request(make_prompt(text, points.labels, view), one.picture))
-            scene = take_rows(trials.scene, row)
+        for row, (reply, one) in enumerate(zip(replies, found, strict=True)):
+            points, scene = one.keypoints, take_rows(trials.scene, row)
             reply = reply.replace(TARGET, POINTED if self._pointer else body_label(scene, int(slots[row])))
             reply = reply.replace(OBSTACLE, body_label(scene, POST_SLOT))
             try:
-                programs.append(read_program(reply, points.labels, view))
+                programs.append(read_program(reply, points.labels, View(points.position, points.position)))
                 failures.append("")
             except UserError as error:
                 programs.append(None)
