@@ -12,9 +12,11 @@ from flax import nnx
 
 from vla_jax.envs.scene import NUM_SLOTS, NUM_ZONES
 from vla_jax.errors import UserError
+from vla_jax.flow.solve import solve
+from vla_jax.flow.transforms import extrapolate
 from vla_jax.steering.perceive import Attached
 from vla_jax.steering.program import parse, stack
-from vla_jax.steering.steer import Arm, Decoder, SteerConfig, act, remember_nothing
+from vla_jax.steering.steer import Arm, Decoder, SteerConfig, _steering, act, remember_nothing
 
 BODIES = NUM_SLOTS + NUM_ZONES
 TCP = np.array([0.45, 0.0, 0.2], np.float32)
@@ -163,6 +165,37 @@ def test_transforms_are_composed_by_settings(policy, steered, memory):
     assert np.isfinite(guided[0]).all()
     with pytest.raises(UserError, match="2 executed and 3 frozen ones leave nothing"):
         steered(dataclasses.replace(joined, frozen=3), memory, Arm())
+
+
+def steered_flow(config, arm):
+    """Many chunks of one action by a posterior field of 1 and a prior of -1, extrapolated at w = 3: they move by 5. The
+    reward is that of coming to 2."""
+
+    def field(x, t):
+        return jnp.ones_like(x)
+
+    def reward(x, t):
+        return -jnp.square(x - 2.0).sum((-2, -1))
+
+    start = jax.random.normal(KEY, (2000, 1, 1, 3))
+    paths = lambda x: jnp.pad(x, ((0, 0), (0, 0), (1, 0), (0, 0)))  # noqa: E731
+    bend = extrapolate(lambda x, t: -jnp.ones_like(x), 3.0)
+    steer = _steering(config, arm, field, bend, reward, paths, jnp.ones_like, start.shape, KEY)
+    return jax.jit(lambda start: solve(field, start, steps=config.steps, transform=steer))(start)
+
+
+def test_inner_steps_keep_what_bends_the_field():
+    for inner in (0, 1, 2):
+        mean = steered_flow(SteerConfig(inner=inner), Arm()).mean()
+        np.testing.assert_allclose(mean, 5.0, atol=0.1, err_msg=f"{inner} inner steps")
+
+
+def test_the_way_through_the_network_sees_what_bends_the_field():
+    """Of a constant field the estimate has the same derivative with the way through the field and without."""
+    config, arm = SteerConfig(norm="none"), Arm(guide=0.3)
+    clean, jacobian = (steered_flow(dataclasses.replace(config, point=point), arm) for point in ("clean", "jacobian"))
+    np.testing.assert_allclose(clean, jacobian, atol=1e-5)
+    assert abs(float(clean.mean()) - 5.0) > 0.1
 
 
 def test_a_lost_keypoint_is_noted_in_the_run(steered, memory):

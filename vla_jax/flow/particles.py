@@ -168,7 +168,9 @@ def mcmc(
     and copies of one particle (`resample`) part. At t = 0 it draws new noise. VLS states the inner steps without saying
     how they re-noise, and the released code does not run them.
 
-    velocity: the field that is solved. stride: the solver's step is natural. count = 0 is `transform` alone.
+    velocity: the field that is solved. Each inner step begins from it again, so what bends it belongs into `transform`:
+    of what comes before this transform in a chain nothing is left. stride: the solver's step is natural. count = 0 is
+    `transform` alone.
     """
 
     def update(x, v, t, state):

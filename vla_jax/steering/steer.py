@@ -208,8 +208,8 @@ def act(
     others = jax.random.normal(noise_key, (config.particles - 1, *own.previous.shape))
     still = policy.normalizer.normalize_action(decoder.still(high))
     start = (1 - arm.alone) * jnp.concatenate([noise, others])[None] + arm.alone * still
-    steer = _steering(config, arm, field, reward, paths, strength(config.loop, loop), start.shape, steer_key)
-    chunk = solve(field, start, steps=config.steps, method=config.method, transform=chain(bend, steer))[0, 0]
+    steer = _steering(config, arm, field, bend, reward, paths, strength(config.loop, loop), start.shape, steer_key)
+    chunk = solve(field, start, steps=config.steps, method=config.method, transform=steer)[0, 0]
     loop = remember(config.loop, loop, reward(chunk[None, None], 1.0)[0, 0])
     after = dataclasses.replace(own, origin=view.start, previous=chunk, chunks=own.chunks + 1, loop=loop)
     return policy.normalizer.denormalize_action(chunk)[None], jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], after)
@@ -246,8 +246,9 @@ def _field(
     return field, chain(*bends) if bends else identity
 
 
-def _steering(config: SteerConfig, arm: Arm, field, reward, paths, amount, shape, key) -> Transform:
-    """The bounds of a chunk without the policy, repulsion, guidance and resampling."""
+def _steering(config: SteerConfig, arm: Arm, field, bend, reward, paths, amount, shape, key) -> Transform:
+    """What bends the field before any steering, the bounds of a chunk without the policy, repulsion, guidance and
+    resampling."""
     # What the policy has learned keeps its chunks within the data; the gradient knows no bounds.
     limit = jnp.where(arm.alone > 0, 1.0, jnp.inf)
     bounded = Transform(lambda noise: (), lambda x, v, t, state: (jnp.clip(x, -limit, limit), v, state))
@@ -261,17 +262,18 @@ def _steering(config: SteerConfig, arm: Arm, field, reward, paths, amount, shape
         held = jax.lax.stop_gradient(value) + other - jax.lax.stop_gradient(other)
         return (1 - arm.random) * value + arm.random * held
 
+    def bent(x, t):
+        return bend.update(x, field(x, t), t, bend.init(x))[1]
+
     push = guide(
         followed,
         arm.guide,
         point=config.point,
-        velocity=field if config.point == "jacobian" else None,
+        velocity=bent if config.point == "jacobian" else None,
         norm=config.norm,
         window=config.window,
         strength=amount,
     )
-    if config.inner:
-        push = mcmc(field, inner_key, count=config.inner, stride=1 / config.steps, transform=push)
     apart = repel(
         arm.repel,
         features=lambda x: paths(x).reshape(*x.shape[:-2], -1),
@@ -279,6 +281,9 @@ def _steering(config: SteerConfig, arm: Arm, field, reward, paths, amount, shape
         norm="particle",
         window=config.repel_window,
     )
+    moved = chain(bend, bounded, apart, push)
+    if config.inner:
+        moved = mcmc(field, inner_key, count=config.inner, stride=1 / config.steps, transform=moved)
     first = config.window[0]
     drawn = resample(
         reward,
@@ -288,4 +293,4 @@ def _steering(config: SteerConfig, arm: Arm, field, reward, paths, amount, shape
         threshold=config.threshold,
         end="best",
     )
-    return chain(bounded, apart, push, drawn)
+    return chain(moved, drawn)
