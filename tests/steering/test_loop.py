@@ -86,6 +86,30 @@ def test_a_rise_or_the_gripper_advances_the_stage():
         LoopConfig(measure="hoped")
 
 
+def test_what_ends_the_last_stage_ends_the_guidance():
+    """The gripper as well as the reward, and both at once; a fall takes it up again, the gripper does not."""
+    moves = [False, True, True, False, False]
+    assert [bool(s.guided) for s in walk(ONE, [0.2, 0.2, 0.2, 0.2, 0.2], closed=moves)] == [True] + [False] * 4
+    states = walk(ONE, [0.2, 0.05, 0.05, 0.15, 0.15], closed=moves)
+    assert [bool(s.guided) for s in states] == [True, False, False, True, True], "the gripper changes at the fall, too"
+    states = walk(ONE, [0.2, 0.05, 0.15, 0.05], closed=[False, True, True, True])
+    assert [bool(s.guided) for s in states] == [True, False, True, False]
+    held = dataclasses.replace(ONE, stages=(dataclasses.replace(ONE.stages[0], until="reward"),))
+    assert all(bool(s.guided) for s in walk(held, [0.2, 0.2, 0.2], closed=[False, True, False]))
+
+
+def test_a_stage_that_begins_at_its_goal_is_over():
+    """Half a millimetre away there is no progress to measure; 2 cm off guidance is taken up again."""
+    again = dataclasses.replace(ONE, stages=ONE.stages * 2)
+    states = walk(again, [0.2, 0.0005, 0.0005, 0.0005, 0.02], LoopConfig())
+    assert [int(s.stage) for s in states] == [0, 1, 1, 1, 1]
+    assert [bool(s.guided) for s in states] == [True, True, False, False, True]
+    assert [bool(s.guided) for s in walk(ONE, [0.0005, 0.0005], LoopConfig())] == [False, False]
+    config = LoopConfig(measure="predicted")
+    planned = remember(config, look(config, begin(), ONE, VIEW, at(0.2), OPEN), jnp.float32(-1e-7))
+    assert not bool(look(config, planned, ONE, VIEW, at(0.2), OPEN).guided)
+
+
 def test_the_released_measure_judges_by_plans():
     config = dataclasses.replace(RELEASED, measure="predicted")
     first = look(config, begin(), ONE, VIEW, at(0.2), OPEN)

@@ -24,7 +24,8 @@ QUIET, GRIPPER, RISE, FALL = range(4)  # what may call the switcher: nothing, or
 TRIGGERS = ("nothing", "the gripper changed", "the reward rose", "the reward fell")
 MEASURES = ("achieved", "predicted")
 LIMIT = 1.2  # of the normalised reward
-UNSET = 1e-6  # a base nearer to zero than this normalises nothing
+UNSET = 1e-6  # a base nearer to zero than this normalises nothing: 1 mm, squared
+AWAY = -1e-3  # 3 cm, squared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +83,12 @@ def normalize(reward: Float[Array, "*B"], base: Float[Array, ""]) -> Float[Array
     return jnp.where(known, jnp.clip(1 - reward / jnp.where(known, base, -1.0), 0.0, LIMIT), 0.0)
 
 
+def _base(reward: Float[Array, ""]) -> Float[Array, ""]:
+    """R_base of a stage that begins with this reward. One that begins at its goal is judged as if it had begun at AWAY,
+    so that it has been reached. A reward of exactly 0 is none to measure by: its terms ask for nothing here."""
+    return jnp.where((reward > -UNSET) & (reward < 0), AWAY, reward)
+
+
 def strength(config: LoopConfig, state: LoopState) -> Callable[[Float[Array, "*B"]], Float[Array, "*B"]]:
     """The multiplier of the guidance, from the rewards of the samples that are being guided."""
 
@@ -98,12 +105,12 @@ Switcher = Callable[[Int[Array, ""], LoopState, int], tuple[Int[Array, ""], Bool
 
 
 def deterministic(trigger: Int[Array, ""], state: LoopState, stages: int) -> tuple[Int[Array, ""], Bool[Array, ""]]:
-    """The next stage after a gripper change or a rise (eq. 11); a rise in the last stage ends the guidance, a fall
-    takes it up again."""
+    """The next stage after what ends this one, a gripper change or a rise (eq. 11); in the last stage it ends the
+    guidance, and a fall takes it up again."""
     last = state.stage >= stages - 1
     step = (trigger == GRIPPER) | (trigger == RISE)
     stage = jnp.where(step & ~last, state.stage + 1, state.stage)
-    guided = jnp.where((trigger == RISE) & last, False, jnp.where(trigger == QUIET, state.guided, True))
+    guided = jnp.where(step & last, False, jnp.where(trigger == QUIET, state.guided, True))
     return stage, guided
 
 
@@ -116,8 +123,8 @@ def look(
     closed: Bool[Array, ""],
     switcher: Switcher = deterministic,
 ) -> LoopState:
-    """Before a chunk is sampled: measures progress, looks for a trigger, and asks the switcher when there is one. What
-    does not end the present stage triggers nothing.
+    """Before a chunk is sampled: measures progress, looks for a trigger, and asks the switcher when there is one. A
+    rise or a gripper change that does not end the present stage triggers nothing; a fall always does.
 
     tcp: where the end effector is (metres). closed: what the gripper was last told.
     """
@@ -127,15 +134,17 @@ def look(
 
     reward = standing(state.stage) if config.measure == "achieved" else state.predicted
     if config.measure == "achieved":
-        state = dataclasses.replace(state, base=jnp.where(state.base == 0, reward, state.base))
+        state = dataclasses.replace(state, base=jnp.where(state.base == 0, _base(reward), state.base))
     progress = normalize(reward, state.base)
     rise = (progress >= config.high) & (state.progress < config.high) & program.ends(state.stage, programs.REWARD)
     fall = (progress <= config.low) & (state.progress > config.low)
     grip = (closed != state.closed) & program.ends(state.stage, programs.GRIPPER)
-    trigger = jnp.where(grip, GRIPPER, jnp.where(rise, RISE, jnp.where(fall, FALL, QUIET)))
+    # After the last stage has ended there is nothing left that the gripper could end, only guidance to be taken up.
+    over = (state.stage == len(program.stages) - 1) & ~state.guided
+    trigger = jnp.where(grip & ~(fall & over), GRIPPER, jnp.where(rise, RISE, jnp.where(fall, FALL, QUIET)))
     stage, guided = switcher(trigger, state, len(program.stages))
     changed = stage != state.stage
-    fresh = standing(stage) if config.measure == "achieved" else jnp.float32(0)
+    fresh = _base(standing(stage)) if config.measure == "achieved" else jnp.float32(0)
     return dataclasses.replace(
         state,
         stage=stage,
@@ -150,5 +159,5 @@ def look(
 
 def remember(config: LoopConfig, state: LoopState, reward: Float[Array, ""]) -> LoopState:
     """After a chunk was sampled: its reward, which by "predicted" is the base if it is the stage's first."""
-    base = jnp.where(state.base == 0, reward, state.base) if config.measure == "predicted" else state.base
+    base = jnp.where(state.base == 0, _base(reward), state.base) if config.measure == "predicted" else state.base
     return dataclasses.replace(state, base=base, predicted=reward, finite=state.finite & jnp.isfinite(reward))
