@@ -72,6 +72,7 @@ def world(make_contract):  # noqa: F811
     policies["foreign"] = policies["pushes"][0], dataclasses.replace(make_contract(), facts={})
     patch.setattr("vla_jax.evaluation.evaluate.Tabletop", Point)
     patch.setattr("vla_jax.training.improve.load_policy", lambda run_dir, step: (*policies[run_dir], None))
+    patch.setattr("vla_jax.training.improve.newest_step", lambda run_dir: 7)
     yield policies
     patch.undo()
 
@@ -186,6 +187,28 @@ def test_a_used_directory_is_not_overwritten(finished, settings):
     other = dataclasses.replace(settings, agent=dataclasses.replace(settings.agent, discount=0.5))
     with pytest.raises(UserError, match="agent.discount was 0.95, is 0.5"):
         improve(other, finished, resume=True)
+
+
+def test_a_run_keeps_the_checkpoint_that_was_the_newest_when_it_began(finished, settings, tmp_path, monkeypatch):
+    run_dir, loaded = shutil.copytree(finished, tmp_path / "run"), []
+    assert json.loads((run_dir / "config.json").read_text())["policy_step"] == 7
+    load = improve.__globals__["load_policy"]
+
+    def noted(policy, step):
+        loaded.append(step)
+        return load(policy, step)
+
+    monkeypatch.setattr("vla_jax.training.improve.load_policy", noted)
+    monkeypatch.setattr("vla_jax.training.improve.newest_step", lambda run_dir: 9)
+    improve(settings, run_dir, resume=True)
+    load_improved(run_dir)
+    with pytest.raises(UserError, match="policy_step was 7, is 9"):
+        improve(dataclasses.replace(settings, policy_step=9), run_dir, resume=True)
+    assert loaded == [7, 7, 9]
+    earlier = json.loads((run_dir / "config.json").read_text()) | {"policy_step": None}
+    (run_dir / "config.json").write_text(json.dumps(earlier))
+    improve(settings, run_dir, resume=True)
+    assert json.loads((run_dir / "config.json").read_text())["policy_step"] == 9
 
 
 def test_settings_that_cannot_be_are_refused(settings):

@@ -51,7 +51,8 @@ class ImproveConfig:
     """One run.
 
     Attributes:
-        policy: the run directory of the policy (`--policy` of experiments.dsrl); policy_step: None is the newest.
+        policy: the run directory of the policy (`--policy` of experiments.dsrl); policy_step: None is the newest when
+            the run begins, and that one when it goes on; config.json has its number.
         arm: "sac" and "na" (DSRL), "search" (best of N by the critic), "fixed" (one noise), "cloning" (the policy's
             own successes).
         agent, loop: see there.
@@ -115,6 +116,11 @@ def improve(config: ImproveConfig, workdir: str | Path, resume: bool = False) ->
     if not config.policy:
         raise UserError("no policy: give the run directory of one by --policy=DIR")
     run_dir = Path(workdir)
+    begun = _load_config(run_dir) if resume and has_begun(run_dir) else config
+    if config.policy_step is None:
+        # The policy may train on meanwhile; this run stays with what it began with. Earlier versions wrote no number.
+        step = newest_step(config.policy) if begun.policy_step is None else begun.policy_step
+        config = dataclasses.replace(config, policy_step=step)
     policy, contract, _ = load_policy(config.policy, config.policy_step)
     world = _world(config, contract)
     _check_run_dir(run_dir, config, contract, resume)
@@ -129,6 +135,18 @@ def improve(config: ImproveConfig, workdir: str | Path, resume: bool = False) ->
     for seed in range(config.seeds):
         Run(improvement, run_dir / f"seed{seed}", seed)()
     return run_dir
+
+
+def newest_step(run_dir: str | Path) -> int:
+    """The step of a run's newest complete checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
+    steps = Checkpoints(run_dir).steps
+    if not steps:
+        raise UserError(f"no checkpoint in {run_dir} is complete yet: wait for one, or go on with that run")
+    return steps[-1]
 
 
 def load_improved(workdir: str | Path, seed: int = 0) -> tuple[SteeredPolicy, Contract, ImproveConfig]:
@@ -363,6 +381,8 @@ def _check_run_dir(run_dir: Path, config: ImproveConfig, contract: Contract, res
     begun = _load_config(run_dir)
     Contract.load(run_dir / "contract.json").check(contract, f"the policy {config.policy}")
     changed = diff(begun, config)
+    if begun.policy_step is None:
+        changed.pop("policy_step", None)
     changed = {key: pair for key, pair in changed.items() if key not in FREE_ON_RESUME}
     if changed:
         listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
