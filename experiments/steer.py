@@ -4,8 +4,8 @@ python -m experiments.steer --config=configs/steer.py --policy=RUN[,RUN2,…] --
 
 With --pointer=RUN, a run whose language model can point (configs/grounding.py, or an arm with questions), {target} in
 a stored program is the place that it points at, told the picture and the instruction, not the simulator's mask of the
-commanded object. With --noise=DSRL, a run of experiments.dsrl on the same policy, every arm starts from the noise that
-it has learned.
+commanded object. With --noise=DSRL, a run of experiments.dsrl on the same checkpoint of the policy, every arm starts
+from the noise that it has learned.
 Every finished arm is kept in WORKDIR/results, so a run that stopped goes on where it stopped.
 """
 
@@ -21,11 +21,11 @@ from vla_jax.files import write_atomically
 from vla_jax.platform import setup_compilation_cache
 from vla_jax.steering.pointing import Pointer
 from vla_jax.steering.report import make_rows, markdown
-from vla_jax.steering.steer import NoiseSource
+from vla_jax.steering.steer import NoiseSource, SteerConfig
 from vla_jax.steering.study import SteerStudy, SteerStudyConfig
 from vla_jax.steering.writer import Cached, Endpoint, Stored, Writer
-from vla_jax.training.checkpoints import Checkpoints, load_policy
-from vla_jax.training.improve import load_improved
+from vla_jax.training.checkpoints import load_policy
+from vla_jax.training.improve import load_improved, newest_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +120,8 @@ def _of_policy(
     for name in ("shifts", "arms"):
         del settings["study"][name]
     helpers = {name: run for name, run in helpers.items() if run}
-    settings = {**settings, "step": config.step or Checkpoints(path).steps[-1], **helpers}
-    settings = json.loads(json.dumps(settings))
+    step = newest_step(path) if config.step is None else config.step
+    settings = json.loads(json.dumps({**settings, "step": step, **helpers}))
     study, results = None, []
     for shift in config.study.shifts:
         for arm in config.study.arms:
@@ -134,9 +134,9 @@ def _of_policy(
                 results.append(kept)
                 continue
             if study is None:
-                policy, contract, _ = load_policy(path, config.step, config.ema)
+                policy, contract, _ = load_policy(path, step, config.ema)
                 writers = config.writer.make(workdir / "replies")
-                source = _learned(helpers["noise"], path) if "noise" in helpers else None
+                source = _learned(helpers["noise"], path, step, config.study.steer) if "noise" in helpers else None
                 pointer = _pointer(helpers["pointer"]) if "pointer" in helpers else None
                 study = SteerStudy(policy, contract, config.study, *writers, source, pointer)
             result = {"policy": name, **study.run(shift, arm), "settings": settings}
@@ -155,11 +155,30 @@ def _pointer(run: str) -> Pointer:
     return Pointer(policy, contract)
 
 
-def _learned(noise: str, path: Path) -> NoiseSource:
-    """What chooses the noise. Raises UserError for a run that learned it for another policy."""
+def _learned(noise: str, path: Path, step: int, config: SteerConfig) -> NoiseSource:
+    """What chooses the noise of a policy's checkpoint; says where it was learned with another sampler.
+
+    Raises:
+        UserError: a run that learned no noise, or for another policy or checkpoint.
+    """
     improved, _, theirs = load_improved(noise)
+    if theirs.arm == "cloning":
+        raise UserError(f"{noise} went on cloning and learned weights, no noise: give a run of another arm")
     if Path(theirs.policy).resolve() != path.resolve():
         raise UserError(f"the noise of {noise} was learned for {theirs.policy}, not for {path}")
+    learned_for = newest_step(path) if theirs.policy_step is None else theirs.policy_step
+    if learned_for != step:
+        raise UserError(
+            f"the noise of {noise} was learned for step {learned_for} of {path}, not for step {step}: "
+            f"set --config.step={learned_for}"
+        )
+    how = theirs.eval
+    if (how.sampler_steps, how.guidance) != (config.steps, config.extrapolate):
+        print(
+            f"note: the noise of {noise} was learned for a sampler of {how.sampler_steps} steps with guidance "
+            f"{how.guidance}, and is used in one of {config.steps} with {config.extrapolate}",
+            flush=True,
+        )
     return improved.noise
 
 
