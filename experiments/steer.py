@@ -6,10 +6,12 @@ With --pointer=RUN, a run whose language model can point (configs/grounding.py, 
 a stored program is the place that it points at, told the picture and the instruction, not the simulator's mask of the
 commanded object. With --noise=DSRL, a run of experiments.dsrl on the same checkpoint of the policy, every arm starts
 from the noise that it has learned.
-Every finished arm is kept in WORKDIR/results, so a run that stopped goes on where it stopped.
+Every finished arm is kept in WORKDIR/results with its settings, a hash of the stored program and the steps of all runs
+among them, so a run that stopped goes on where it stopped.
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -121,7 +123,8 @@ def _of_policy(
         del settings["study"][name]
     helpers = {name: run for name, run in helpers.items() if run}
     step = newest_step(path) if config.step is None else config.step
-    settings = json.loads(json.dumps({**settings, "step": step, **helpers}))
+    contents = _contents(config.writer, helpers)
+    settings = json.loads(json.dumps({**settings, "step": step, **helpers, **contents}))
     study, results = None, []
     for shift in config.study.shifts:
         for arm in config.study.arms:
@@ -129,15 +132,18 @@ def _of_policy(
             file = workdir / "results" / name / f"{shift}-{arm}.json"
             if file.is_file():
                 kept = json.loads(file.read_text())
-                if kept["settings"] != settings:
-                    raise UserError(f"{file} was made with other settings: give another --workdir")
+                made = {**contents, **kept["settings"]}  # earlier versions kept the names alone: those are believed
+                if changed := sorted(key for key in {*made, *settings} if made.get(key) != settings.get(key)):
+                    raise UserError(
+                        f"{file} was made with other settings ({', '.join(changed)}): give another --workdir"
+                    )
                 results.append(kept)
                 continue
             if study is None:
                 policy, contract, _ = load_policy(path, step, config.ema)
                 writers = config.writer.make(workdir / "replies")
                 source = _learned(helpers["noise"], path, step, config.study.steer) if "noise" in helpers else None
-                pointer = _pointer(helpers["pointer"]) if "pointer" in helpers else None
+                pointer = _pointer(helpers["pointer"], contents["pointer_step"]) if "pointer" in helpers else None
                 study = SteerStudy(policy, contract, config.study, *writers, source, pointer)
             result = {"policy": name, **study.run(shift, arm), "settings": settings}
             write_atomically(file, json.dumps(result))
@@ -147,9 +153,24 @@ def _of_policy(
     return results
 
 
-def _pointer(run: str) -> Pointer:
+def _contents(writer: WriterConfig, helpers: dict[str, str]) -> dict[str, Any]:
+    """What the files and runs that the settings name hold by now: a hash of the stored program, the runs' steps."""
+    contents: dict[str, Any] = {}
+    if writer.kind == "stored":
+        contents["program"] = hashlib.sha256(Stored.read(writer.path).text.encode()).hexdigest()[:12]
+    if "pointer" in helpers:
+        contents["pointer_step"] = newest_step(helpers["pointer"])
+    if "noise" in helpers:
+        seed = Path(helpers["noise"]) / "seed0"
+        if not seed.is_dir():
+            raise UserError(f"{helpers['noise']} is no run of experiments.dsrl: there is no {seed.name}/ in it")
+        contents["noise_step"] = newest_step(seed)
+    return contents
+
+
+def _pointer(run: str, step: int) -> Pointer:
     """Who points. Raises UserError for a run that learned no answers."""
-    policy, contract, trained = load_policy(run)
+    policy, contract, trained = load_policy(run, step)
     if not trained.questions.batch_size:
         raise UserError(f"{run} learned no questions, so it cannot point: give a run of configs/grounding.py")
     return Pointer(policy, contract)
