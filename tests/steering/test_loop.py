@@ -175,6 +175,8 @@ def test_a_model_that_fails_changes_nothing_and_is_reported():
     assert len(writer.asked) == 1
     with pytest.raises(UserError, match="prose and no JSON: 'I think"):
         switcher.raise_error()
+    assert int(switch(jnp.int32(GRIPPER), begin(), 2)[0]) == 1, "what was said is over"
+    switcher.raise_error()
 
 
 def test_questions_are_limited():

@@ -11,6 +11,7 @@ import pytest
 
 from vla_jax.errors import UserError
 from vla_jax.evaluation.intervals import compare_paired, compare_seeds, wilson
+from vla_jax.steering import loop
 from vla_jax.steering.perceive import Attached
 from vla_jax.steering.program import parse, stack
 from vla_jax.steering.report import make_rows, markdown
@@ -25,6 +26,7 @@ from vla_jax.steering.study import (
     not_finite,
     wrong_targets,
 )
+from vla_jax.steering.switch import VlmSwitcher
 from vla_jax.steering.writer import Stored
 
 ROOT = Path(__file__).parents[2]
@@ -96,9 +98,15 @@ def test_a_scene_whose_reply_has_no_program_is_a_failure(policy, contract):
 
     config = SteerStudyConfig(("in_distribution",), ("base",), scenes=2, batch=4)
     replies = []
-    written = SteerStudy(policy, contract, config, writer).prepare("in_distribution").target
+    study = SteerStudy(policy, contract, config, writer, switch_writer=lambda request: '{"stage": 0, "guidance": true}')
+    written = study.prepare("in_distribution").target
     assert written.programs[0] is None and written.complete() == [written.programs[1]] * 2
     assert written.failures == ["the model replied with prose and no JSON: 'I would move there.'", ""]
+    switcher = study._runner("in_distribution", "gradient")[1]
+    picture = np.zeros((4, 4, 3), np.uint8)
+    assert [switcher.ask(row, loop.RISE, 0, picture).stage for row in range(2)] == [0, 0], (
+        "all is done, in its last stage"
+    )
     with pytest.raises(UserError, match="no scene of 'in_distribution' has a reward program: the model replied"):
         SteerStudy(policy, contract, config, Stored("No.")).prepare("in_distribution")
 
@@ -112,6 +120,16 @@ def test_a_wrong_target_needs_a_program_that_leaves_the_target_open(policy, cont
     prepared = SteerStudy(policy, contract, config, Stored(text)).prepare("in_distribution")
     target, wrong = ([program.to_json() for program in one.programs] for one in (prepared.target, prepared.wrong))
     assert all(one != other for one, other in zip(target, wrong, strict=True))
+
+
+def test_a_switcher_that_fails_is_reported_of_a_scene_that_is_watched(policy, contract, monkeypatch):
+    config = SteerStudyConfig(("in_distribution",), ("gradient",), scenes=2, batch=2)
+    study = SteerStudy(policy, contract, config, Stored(REACH))
+    switcher = VlmSwitcher(lambda request: "It is nearly there.", ["reach"], [["reach"]])
+    switcher.of(np.int32(0), np.zeros((4, 4, 3), np.uint8))(np.int32(loop.RISE), loop.begin(), 1)
+    monkeypatch.setattr(study, "_runner", lambda *arguments, record: (lambda *inputs: (0, 0, 0), switcher))
+    with pytest.raises(UserError, match="prose and no JSON: 'It is nearly there"):
+        study.watch("in_distribution", "gradient", 0)
 
 
 @pytest.mark.slow

@@ -115,6 +115,10 @@ class Prepared:
     target: Written
     wrong: Written
 
+    def written(self, arm: str) -> Written:
+        """The programs that steer an arm."""
+        return self.wrong if arm == "wrong_target" else self.target
+
 
 class SteerStudy:
     """Runs the arms of one frozen policy.
@@ -237,7 +241,7 @@ class SteerStudy:
         """
         began = time.perf_counter()
         prepared, config = self.prepare(shift), self.config
-        written = prepared.wrong if arm == "wrong_target" else prepared.target
+        written = prepared.written(arm)
         outcomes: dict[int, Outcome] = {}
         programs = written.complete()
         for group in by_structure(programs):
@@ -254,13 +258,19 @@ class SteerStudy:
 
     def watch(self, shift: str, arm: str, scene: int) -> tuple[Recording, bool]:
         """What was seen and done in one scene, up to the end of its episode (without the axis B), and its success as
-        `run` counts it."""
+        `run` counts it.
+
+        Raises:
+            UserError: a stage switcher that failed.
+        """
         prepared = self.prepare(shift)
-        written = prepared.wrong if arm == "wrong_target" else prepared.target
+        written = prepared.written(arm)
         rows = np.array([scene])
         trials, memory = self._episodes(prepared, written.complete(), rows)
-        run, _ = self._runner(shift, 1 if arm in SINGLE else self.config.steer.particles, record=True)
+        run, switcher = self._runner(shift, arm, record=True)
         outcome, seen, _ = jax.device_get(run(self._weights, trials, memory, self._strengths(arm)))
+        if switcher is not None:
+            switcher.raise_error()
         success = outcome.success[0] and (arm == "base" or not written.failures[scene])
         return jax.tree.map(lambda leaf: leaf[0, : outcome.ticks[0]], seen), bool(success)
 
@@ -277,7 +287,7 @@ class SteerStudy:
 
     def _run_group(self, trials: Trials, memory: Memory, arm: str, shift: str) -> dict[int, Outcome]:
         """The outcomes, by scene number, of scenes whose programs share a structure."""
-        run, switcher = self._runner(shift, 1 if arm in SINGLE else self.config.steer.particles)
+        run, switcher = self._runner(shift, arm)
         outcomes: dict[int, Outcome] = {}
         for rows, count in batches(len(trials.index), self.config.batch):
             some, own = take_rows(trials, rows), take_rows(memory, rows)
@@ -289,15 +299,16 @@ class SteerStudy:
             outcomes |= {int(some.index[row]): take_rows(outcome, row) for row in range(count)}
         return outcomes
 
-    def _runner(self, shift: str, particles: int, record: bool = False) -> tuple[Callable, VlmSwitcher | None]:
-        """The compiled rollout for a number of particles; with a model as switcher it knows the scenes of its shift."""
-        table = self._table(shift)
-        key = (particles, record, table, shift if self._switch_writer else "")
+    def _runner(self, shift: str, arm: str, record: bool = False) -> tuple[Callable, VlmSwitcher | None]:
+        """The compiled rollout for an arm's number of particles; with a model as switcher it knows the scenes of its
+        shift and the stages of the arm's programs."""
+        table, particles = self._table(shift), 1 if arm in SINGLE else self.config.steer.particles
+        key = (particles, record, table, (shift, arm == "wrong_target") if self._switch_writer else None)
         if key not in self._runners:
             switcher = None
             if self._switch_writer:
                 prepared = self._prepared[shift]
-                stages = [[s.name for s in p.stages] if p else [] for p in prepared.target.programs]
+                stages = [[stage.name for stage in one.stages] for one in prepared.written(arm).complete()]
                 switcher = VlmSwitcher(self._switch_writer, prepared.texts, stages)
             steer = dataclasses.replace(self.config.steer, particles=particles)
             noise = jax.random.key(self.config.seed)

@@ -68,9 +68,10 @@ class VlmSwitcher:
         return read_decision(self._writer(request), len(stages))
 
     def raise_error(self) -> None:
-        """Raises the first thing that went wrong, if anything did."""
-        if self._error is not None:
-            raise self._error
+        """Raises the first thing that went wrong since the last call, if anything did."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
     def _answer(self, trigger, stage, guided, calls, scene, picture):
         same = np.int32(stage), np.bool_(guided)
