@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vla_jax.errors import UserError
-from vla_jax.steering.check import check
+from vla_jax.steering.check import _climb, check
 from vla_jax.steering.program import Program, Stage, parse, stack
 from vla_jax.steering.terms import TERMS, Term, View
 
@@ -97,6 +97,8 @@ def test_programs_of_one_structure_are_stacked():
     first, second = (parse(program("distance", keypoint=k), LABELS) for k in (0, 2))
     both = jax.vmap(lambda p: p.reward(VIEW, PATH, 0))(stack([first, second]))
     np.testing.assert_allclose(both, [float(p.reward(VIEW, PATH, 0)) for p in (first, second)])
+    other = dataclasses.replace(second, stages=(dataclasses.replace(second.stages[0], name="come"),))
+    assert jax.tree.structure(stack([first, other])) == jax.tree.structure(stack([first, second])), "whatever the names"
     with pytest.raises(UserError, match="split it"):
         stack([first, parse(program("height"), LABELS)])
 
@@ -131,6 +133,14 @@ def test_a_bad_program_is_named(text, message):
 
 def test_good_programs_pass():
     check(parse(program(*EXAMPLES), LABELS), VIEW, KEY)
+
+
+def test_names_of_stages_compile_nothing_anew():
+    text = program("distance", "height")
+    check(parse(text, LABELS), VIEW, KEY)
+    compiled = _climb._cache_size()
+    check(parse(text.replace('"go"', '"come"'), LABELS), VIEW, KEY)
+    assert _climb._cache_size() == compiled
 
 
 @jax.tree_util.register_dataclass

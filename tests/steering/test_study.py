@@ -37,7 +37,8 @@ RISE = (
 
 
 def test_programs_of_one_structure_run_together():
-    programs = [parse(text, ("cube",)) for text in (REACH, RISE, REACH)]
+    texts = REACH, RISE, REACH.replace('"reach"', '"go to the cube"')
+    programs = [parse(text, ("cube",)) for text in texts]
     assert [rows.tolist() for rows in by_structure(programs)] == [[0, 2], [1]]
     assert [(rows.tolist(), count) for rows, count in batches(5, 3)] == [([0, 1, 2], 3), ([3, 4, 4], 2)]
 
@@ -142,11 +143,10 @@ def test_the_reward_alone_cannot_grasp(policy, contract):
 
 
 def test_what_is_not_finite_is_named(policy):
-    memory = remember_nothing(
-        stack([parse(RISE, ("cube",))] * 2), Attached(np.zeros((2, 1), int), np.zeros((2, 1, 3))), policy
-    )
+    program = parse(RISE, ("cube",))
+    memory = remember_nothing(stack([program] * 2), Attached(np.zeros((2, 1), int), np.zeros((2, 1, 3))), policy)
     memory = dataclasses.replace(memory, scene=np.array([7, 8]), origin=np.full((2, 1, 3), np.nan))
-    found = not_finite(jax.device_get(memory), 1)
+    found = not_finite(program, jax.device_get(memory), 1)
     assert found == "the reward of stage 1 ('rise'), term 2 ('distance') is not finite in scene 8"
 
 

@@ -96,12 +96,19 @@ def parse(text: str, labels: Sequence[str]) -> Program:
     return Program(tuple(_stage(part, number, labels) for number, part in enumerate(stages, 1)))
 
 
+def unnamed(program: Program) -> Program:
+    """The program without the names of its stages. A model words them anew for every scene, and as part of a program's
+    structure they would keep apart what compiles alike."""
+    return dataclasses.replace(program, stages=tuple(dataclasses.replace(part, name="") for part in program.stages))
+
+
 def stack(programs: Sequence[Program]) -> Program:
-    """Programs of one structure, their numbers along a new leading axis.
+    """Programs of one structure, their numbers along a new leading axis; the names of their stages are left out.
 
     Raises:
         UserError: they differ in their stages or terms.
     """
+    programs = [unnamed(program) for program in programs]
     structures = {jax.tree.structure(program) for program in programs}
     if len(structures) != 1:
         raise UserError("reward programs of different stages or terms cannot be run in one batch: split it")

@@ -27,7 +27,7 @@ from vla_jax.evaluation.rollout import Outcome, Recording, Trials, rollout_with_
 from vla_jax.models.policy import Policy
 from vla_jax.steering.perceive import POINTED, Perceived, Watched, body_label, disturb, join, perceive
 from vla_jax.steering.pointing import Pointer
-from vla_jax.steering.program import Program, place, stack
+from vla_jax.steering.program import Program, place, stack, unnamed
 from vla_jax.steering.shifts import SHIFTS, make_shift
 from vla_jax.steering.steer import Arm, Decoder, Memory, NoiseSource, SteerConfig, act, remember_nothing
 from vla_jax.steering.switch import VlmSwitcher
@@ -295,7 +295,9 @@ class SteerStudy:
             if switcher is not None:
                 switcher.raise_error()
             if not after.loop.finite.all():
-                raise UserError(not_finite(after, int(np.flatnonzero(~after.loop.finite)[0])))
+                row = int(np.flatnonzero(~after.loop.finite)[0])
+                programs = self._prepared[shift].written(arm).complete()
+                raise UserError(not_finite(programs[int(after.scene[row])], after, row))
             outcomes |= {int(some.index[row]): take_rows(outcome, row) for row in range(count)}
         return outcomes
 
@@ -336,7 +338,7 @@ def by_structure(programs: Sequence[Program]) -> list[Int[np.ndarray, " B"]]:
     """The rows of programs that can be stacked."""
     groups: dict[Any, list[int]] = {}
     for row, program in enumerate(programs):
-        groups.setdefault(jax.tree.structure(program), []).append(row)
+        groups.setdefault(jax.tree.structure(unnamed(program)), []).append(row)
     return [np.array(rows) for rows in groups.values()]
 
 
@@ -348,9 +350,9 @@ def wrong_targets(trials: Trials) -> Int[np.ndarray, " B"]:
     return np.where(third.any(1), third.argmax(1), other.argmax(1))
 
 
-def not_finite(memory: Memory, row: int) -> str:
-    """What to say of a scene whose reward is not a finite number."""
-    program, scene = take_rows(memory.program, row), int(memory.scene[row])
+def not_finite(program: Program, memory: Memory, row: int) -> str:
+    """What to say of a scene, and its program, whose reward is not a finite number."""
+    scene = int(memory.scene[row])
     view = View(memory.origin[row], memory.origin[row])
     path = np.zeros((2, 3), np.float32)
     for number, stage in enumerate(program.stages, 1):
