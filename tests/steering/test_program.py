@@ -135,6 +135,13 @@ def test_good_programs_pass():
     check(parse(program(*EXAMPLES), LABELS), VIEW, KEY)
 
 
+@pytest.mark.parametrize("radius", [0.02, 0.03, 0.15])
+def test_a_small_ball_to_keep_out_of_is_found(radius):
+    term = parse(program("avoid", radius=radius, axes=[1, 1, 1], offset=[0, 0, 0.3]), LABELS)
+    for seed in range(12):
+        check(term, VIEW, jax.random.key(seed))
+
+
 def test_names_of_stages_compile_nothing_anew():
     text = program("distance", "height")
     check(parse(text, LABELS), VIEW, KEY)

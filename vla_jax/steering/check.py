@@ -9,6 +9,7 @@ Axes: K keypoints, T poses of a path, N random paths.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,11 @@ from vla_jax.errors import UserError
 from vla_jax.steering.program import Program, Stage, place
 from vla_jax.steering.terms import Term, View
 
-PATHS = 32
+PATHS = 32  # of either kind
 POSES = 9
 SPREAD = 0.1  # metres from a keypoint, standard deviation
 STRIDE = 0.03  # metres between poses, standard deviation
+CLOSE = 0.01  # metres from a place that a path passes, standard deviation
 CLIMBS, CLIMB = 10, 2e-3  # steps of gradient ascent, metres that the path moves in one
 RISING = 0.75  # share of the paths that must have risen after them
 
@@ -39,23 +41,24 @@ def check(program: Program, view: View, key: PRNGKeyArray) -> None:
     """
     if not np.isfinite(np.asarray(view.now)).all() or not np.isfinite(np.asarray(view.start)).all():
         raise UserError("the keypoints are not finite: perception failed, so no reward can be measured")
-    paths = random_paths(view, key)
     for number, stage in enumerate(program.stages, 1):
         for index, term in enumerate(stage.terms, 1):
-            _prove(term, view, paths, place(number, stage.name, index, term.name))
+            _prove(term, view, random_paths([term], view, key), place(number, stage.name, index, term.name))
         if len(stage.terms) > 1:
-            bare = dataclasses.replace(
-                stage, name=""
-            )  # stages of one structure are compiled once, whatever their names
-            _prove(bare, view, paths, place(number, stage.name))
+            bare = dataclasses.replace(stage, name="")  # compiled once for one structure, whatever its name
+            _prove(bare, view, random_paths(stage.terms, view, key), place(number, stage.name))
 
 
-def random_paths(view: View, key: PRNGKeyArray) -> Float[Array, "N T 3"]:
-    """Random walks that begin near the keypoints."""
-    which, where, walk = jax.random.split(key, 3)
-    keypoint = jax.random.choice(which, view.now, (PATHS, 1))
-    start = keypoint + SPREAD * jax.random.normal(where, (PATHS, 1, 3))
-    return start + STRIDE * jnp.cumsum(jax.random.normal(walk, (PATHS, POSES, 3)), 1)
+def random_paths(terms: Sequence[Term], view: View, key: PRNGKeyArray) -> Float[Array, "N T 3"]:
+    """Random walks: half of them begin near the keypoints, half pass close to the places that the terms name."""
+    which, where, walk, passing = jax.random.split(key, 4)
+    start = jax.random.choice(which, view.now, (PATHS, 1)) + SPREAD * jax.random.normal(where, (PATHS, 1, 3))
+    steps = STRIDE * jnp.cumsum(jax.random.normal(walk, (PATHS, POSES, 3)), 1)
+    # A small ball to keep out of is met by these alone. They are dealt out to the places one after another.
+    named = [view.now[term.keypoint] + jnp.asarray(term.offset) for term in terms if "keypoint" in term.kinds]
+    spot = jnp.resize(jnp.stack(named) if named else view.now, (PATHS, 3))[:, None]
+    middle = spot + CLOSE * jax.random.normal(passing, (PATHS, 1, 3))
+    return jnp.concatenate([start + steps, middle + steps - steps[:, POSES // 2 : POSES // 2 + 1]])
 
 
 def _prove(part: Term | Stage, view: View, paths: Float[Array, "N T 3"], where: str) -> None:
