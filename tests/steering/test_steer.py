@@ -212,8 +212,19 @@ def test_what_cannot_be_steered_is_named(contract):
     blind = dataclasses.replace(contract, state_names=("x", "y", "height", "sin_yaw", "cos_yaw", "opening"))
     with pytest.raises(UserError, match="states .* lack z"):
         Decoder.of(blind)
-    with pytest.raises(UserError, match="steer.particles is 0"):
-        SteerConfig(particles=0)
+    for wrong, message in (
+        ({"particles": 0}, "steer.particles is 0"),
+        ({"inner": -1}, "steer.inner is -1"),
+        ({"frozen": -1}, "steer.frozen is -1"),
+        ({"method": "eular"}, "steer.method must be one of euler, heun, got 'eular'"),
+        ({"point": "clear"}, "steer.point must be one of noisy, clean, jacobian"),
+        ({"norm": "particles"}, "steer.norm must be one of none, clip, particle, batch"),
+        ({"kernel": "gauss"}, "steer.kernel must be one of inverse, rbf"),
+        ({"window": (0.8, 0.2)}, "steer.window is 0.8 to 0.2: it must end after it begins"),
+        ({"repel_window": (0.2, 0.2)}, "steer.repel_window is 0.2 to 0.2"),
+    ):
+        with pytest.raises(UserError, match=message):
+            SteerConfig(**wrong)
 
 
 def test_paths_are_sums_of_moves(contract):

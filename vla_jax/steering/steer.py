@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from vla_jax.data.interface import Interface
 from vla_jax.errors import UserError
-from vla_jax.flow.guidance import guide
-from vla_jax.flow.particles import mcmc, repel, resample
-from vla_jax.flow.solve import Field, Transform, chain, identity, solve
+from vla_jax.flow.guidance import NORMS, POINTS, guide
+from vla_jax.flow.particles import KERNELS, mcmc, repel, resample
+from vla_jax.flow.solve import METHODS, Field, Transform, chain, identity, solve
 from vla_jax.flow.transforms import extrapolate, inpaint
 from vla_jax.models.expert import Condition
 from vla_jax.models.policy import Policy
@@ -70,6 +70,16 @@ class SteerConfig:
         for name in ("particles", "steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"steer.{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("inner", "frozen"):
+            if getattr(self, name) < 0:
+                raise UserError(f"steer.{name} is {getattr(self, name)}: it must not be negative")
+        for name, known in {"method": METHODS, "point": POINTS, "norm": NORMS, "kernel": KERNELS}.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"steer.{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name in ("window", "repel_window"):
+            first, end = getattr(self, name)
+            if not first < end:
+                raise UserError(f"steer.{name} is {first} to {end}: it must end after it begins")
 
 
 @jax.tree_util.register_dataclass
