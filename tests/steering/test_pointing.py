@@ -41,7 +41,9 @@ class Saying(nnx.Module):
 
 def test_an_answer_is_a_place_in_the_picture_or_none(contract):
     pictures = {"front": np.zeros((3, 24, 24, 3), np.uint8)}
-    pointer = Pointer(Saying(contract, "x12 y20"), contract)
+    policy = Saying(contract, "x12 y20")
+    pointer = Pointer(policy, contract)
+    assert policy.config == PolicyConfig(), "it is left as it was"
     places = pointer(pictures, ["touch the red cube", "reach the blue ball", "touch the leftmost object"])
     np.testing.assert_allclose(places[[0, 2]], [[12.5 / BINS, 20.5 / BINS]] * 2)
     assert np.isnan(places[1]).all() and pointer.image_size == 24

@@ -32,6 +32,7 @@ class Pointer:
     """
 
     def __init__(self, policy: Policy, contract: Contract):
+        policy = nnx.merge(*nnx.split(policy))  # the given one goes on saying as many words as it did
         tokenizer = tokenizers.from_json(contract.tokenizer)
         check_places(tokenizer)
         policy.config = dataclasses.replace(policy.config, reasoning=PLACE_WORDS)
