@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from vla_jax.envs.control import WORKSPACE
 from vla_jax.envs.scene import COLORS, TABLE_X, TABLE_Y
 from vla_jax.evaluation import video
-from vla_jax.evaluation.charts import PALETTE
+from vla_jax.evaluation.charts import colours
 from vla_jax.evaluation.report import BAD, GOOD
 from vla_jax.evaluation.rollout import take_rows
 from vla_jax.steering.program import Program
@@ -53,7 +53,7 @@ def plot_steered(study: SteerStudy, shift: str, scene: int, arms: Sequence[str],
     for axis, shown in zip(panels, (arms[:1], arms[1:]), strict=True):
         field = axis.contourf(y, x, -np.sqrt(-reward), levels=20, cmap="Greys_r")
         _draw_table(axis, study, shift, scene)
-        for color, arm in zip(PALETTE, shown, strict=False):
+        for color, arm in zip(colours(len(shown)), shown, strict=True):
             path = study.watch(shift, arm, scene)[0].path
             axis.plot(path[:, 1], path[:, 0], color=color, lw=2, label=arm)
             axis.plot(*path[-1, 1::-1], "o", color=color)
