@@ -1,6 +1,6 @@
 """Collection, replay and updates in one compiled program.
 
-    advance = make_advance(collector, learner, config, pool)
+    advance = make_advance(collector, learner, config, pool, rounds)
     state = begin(...)
     state, log = advance(weights, state)       # `rounds` rounds; the state's arrays are taken over
 
