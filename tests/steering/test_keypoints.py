@@ -23,7 +23,7 @@ from vla_jax.steering.keypoints import (
     propose,
     resize,
 )
-from vla_jax.steering.perceive import POINTED, Attached, body_label, disturb, frames, join, perceive, track
+from vla_jax.steering.perceive import POINTED, Attached, _look, body_label, disturb, frames, join, perceive, track
 
 
 def test_clusters_that_stand_apart_are_found():
@@ -103,11 +103,23 @@ def test_what_is_no_object_is_passed_over():
 
 
 @pytest.fixture(scope="module")
-def table():
-    env = Tabletop(EnvConfig(task="reach", image_size=32))
+def env():
+    return Tabletop(EnvConfig(task="reach", image_size=32))
+
+
+@pytest.fixture(scope="module")
+def table(env):
     cases = make_cases("in_distribution", "reach", BiasConfig("uniqueness", 0.1), 0, 2)
     state = jax.jit(env.reset)(cases.scene, cases.command, cases.cue)
     return state, perceive(env, state, size=80)
+
+
+def test_a_second_batch_compiles_nothing_and_what_fills_it_up_is_passed_over(env, table):
+    state, found = table
+    compiled = _look._cache_size()
+    (first,) = perceive(env, state, size=80, count=1)
+    assert _look._cache_size() == compiled
+    np.testing.assert_array_equal(first.keypoints.position, found[0].keypoints.position)
 
 
 def test_every_object_of_a_simulated_scene_is_found(table):
@@ -141,9 +153,8 @@ def test_keypoints_ride_on_their_objects(table):
     np.testing.assert_allclose(after, centre + (before - centre) @ turn.T + jnp.array([0.1, 0, 0]), atol=1e-5)
 
 
-def test_what_is_pointed_at_becomes_a_keypoint_that_stands_still(table):
+def test_what_is_pointed_at_becomes_a_keypoint_that_stands_still(env, table):
     state, found = table
-    env = Tabletop(EnvConfig(task="reach", image_size=32))
     cameras = jax.tree.map(lambda leaf: leaf[:, 0], cameras_of(env.model, state.bodies, state.scene))
     places = np.asarray(
         jax.vmap(lambda c, p: project(c, p, height=1, width=1)[0])(cameras, state.bodies.object_position)

@@ -10,6 +10,7 @@ Axes: B scenes, K keypoints, N object slots, Z zones, M = N + Z + 1 bodies, the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -65,19 +66,21 @@ def perceive(
     size: int = 128,
     seed: int = 0,
     places: Float[np.ndarray, "B 2"] | None = None,
+    count: int | None = None,
 ) -> list[Perceived]:
     """Looks at every scene from the front, `size` pixels wide.
 
+    count: scenes from the first on for which keypoints are sought, where others only fill up a batch; None: all.
     places: of something in each front picture, (column, row) from 0 to 1, by whoever can point (`pointing.Pointer`); it
     becomes one more keypoint, POINTED, that stands still. Not a number: none.
 
     Raises:
         UserError: a scene in which no object is seen.
     """
-    seen, camera, origin, rotation = jax.device_get(jax.jit(lambda state: _look(env, state, size))(state))
+    seen, camera, origin, rotation = jax.device_get(_look(env, state, size))
     scene = jax.device_get(state.scene)
     found = []
-    for row in range(len(seen.rgb)):
+    for row in range(len(seen.rgb))[:count]:
         names = _names(env, take(scene, row))
         own = take(camera, row)
         points = back_project(seen.depth[row], *(np.asarray(leaf) for leaf in (own.position, own.rotation, own.fovy)))
@@ -155,6 +158,7 @@ def disturb(attached: Attached, deviation: float, key: PRNGKeyArray) -> Attached
     )
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2))
 def _look(env: Tabletop, state: EnvState, size: int):
     """The front picture, its camera, and the frames of all bodies."""
     camera = jax.tree.map(lambda leaf: leaf[:, 0], cameras_of(env.model, state.bodies, state.scene))

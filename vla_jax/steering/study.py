@@ -180,7 +180,7 @@ class SteerStudy:
             some = take_rows(trials, rows)
             state = self._reset(table, some.scene, some.command, some.cue)
             places = self._point(table, state, [cases.text[row] for row in rows]) if self._pointer else None
-            found += perceive(table, state, places=places)[:count]
+            found += perceive(table, state, places=places, count=count)
         other = wrong_targets(trials)
         replies = self._ask(cases.text, found)
         target = self._read(replies, trials, found, np.asarray(trials.command.target))
