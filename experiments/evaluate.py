@@ -15,7 +15,7 @@ from vla_jax.evaluation.records import load_run
 from vla_jax.evaluation.report import require_extra, write_report, write_stills
 from vla_jax.evaluation.results import Results, compare, save_results
 from vla_jax.platform import setup_compilation_cache
-from vla_jax.training.checkpoints import Checkpoints, load_policy
+from vla_jax.training.checkpoints import Checkpoints, load_actor
 
 ACTING = ("execute", "sampler_steps", "guidance", "ema")  # what makes another policy of the same weights
 
@@ -59,7 +59,7 @@ def evaluate_runs(run_dirs: Sequence[Path], settings: Mapping[str, Any], report:
     require_extra()
     first, results, runs, clips, ema = None, [], [], {}, settings.get("ema", True)
     for run_dir in run_dirs:
-        policy, contract, trained = load_policy(run_dir, settings.get("step"), ema)
+        policy, contract, trained = load_actor(run_dir, settings.get("step"), ema)
         if first is None:
             own = {**dataclasses.asdict(trained.eval), **settings.get("eval", {})}
             first = Evaluator(contract, configuration.resolve(EvalConfig, own, "eval"))

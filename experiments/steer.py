@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vla_jax import config as configuration
+from vla_jax.data.contract import Contract
 from vla_jax.errors import UserError
 from vla_jax.files import write_atomically
 from vla_jax.platform import setup_compilation_cache
@@ -26,7 +27,7 @@ from vla_jax.steering.report import make_rows, markdown
 from vla_jax.steering.steer import NoiseSource, SteerConfig
 from vla_jax.steering.study import SteerStudy, SteerStudyConfig
 from vla_jax.steering.writer import Cached, Endpoint, Stored, Writer
-from vla_jax.training.checkpoints import load_policy
+from vla_jax.training.checkpoints import load_actor, load_policy
 from vla_jax.training.improve import load_improved, newest_step
 
 
@@ -140,10 +141,12 @@ def _of_policy(
                 results.append(kept)
                 continue
             if study is None:
-                policy, contract, _ = load_policy(path, step, config.ema)
+                policy, contract, _ = load_actor(path, step, config.ema)
                 writers = config.writer.make(workdir / "replies")
                 source = _learned(helpers["noise"], path, step, config.study.steer) if "noise" in helpers else None
-                pointer = _pointer(helpers["pointer"], contents["pointer_step"]) if "pointer" in helpers else None
+                pointer = (
+                    _pointer(helpers["pointer"], contents["pointer_step"], contract) if "pointer" in helpers else None
+                )
                 study = SteerStudy(policy, contract, config.study, *writers, source, pointer)
             result = {"policy": name, **study.run(shift, arm), "settings": settings}
             write_atomically(file, json.dumps(result))
@@ -168,12 +171,15 @@ def _contents(writer: WriterConfig, helpers: dict[str, str]) -> dict[str, Any]:
     return contents
 
 
-def _pointer(run: str, step: int) -> Pointer:
-    """Who points. Raises UserError for a run that learned no answers."""
-    policy, contract, trained = load_policy(run, step)
+def _pointer(run: str, step: int, contract: Contract) -> Pointer:
+    """Who points for a policy of this contract. Raises UserError for a run without questions, or on another task."""
+    policy, theirs, trained = load_policy(run, step)
     if not trained.questions.batch_size:
         raise UserError(f"{run} learned no questions, so it cannot point: give a run of configs/grounding.py")
-    return Pointer(policy, contract)
+    tasks = theirs.facts.get("task"), contract.facts.get("task")
+    if tasks[0] != tasks[1]:
+        raise UserError(f"{run} learned to point on the task {tasks[0]!r}, and the policy is of {tasks[1]!r}")
+    return Pointer(policy, theirs)
 
 
 def _learned(noise: str, path: Path, step: int, config: SteerConfig) -> NoiseSource:

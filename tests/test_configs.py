@@ -68,7 +68,7 @@ def test_the_picking_config_guides_down_until_the_gripper_has_closed():
     assert [(stage.name, stage.until) for stage in program.stages] == [
         ("above", "reward"),
         ("down", "gripper"),
-        ("lift", "either"),
+        ("lift", "reward"),
     ]
 
 

@@ -68,7 +68,9 @@ def steered(monkeypatch, tmp_path):
     monkeypatch.setattr(steer, "SteerStudy", Study)
     monkeypatch.setattr(steer, "newest_step", lambda run: steps[Path(run).name])
     trained = SimpleNamespace(questions=SimpleNamespace(batch_size=1))
-    monkeypatch.setattr(steer, "load_policy", lambda run, step, ema=True: (step, None, trained))
+    contract = SimpleNamespace(facts={"task": "reach"})
+    for name in ("load_policy", "load_actor"):
+        monkeypatch.setattr(steer, name, lambda run, step, ema=True: (step, contract, trained))
     monkeypatch.setattr(steer, "Pointer", lambda policy, contract: policy)
     monkeypatch.setattr(steer, "_learned", lambda *arguments: None)
     study = SteerStudyConfig(("swapped",), ("base",), scenes=2)

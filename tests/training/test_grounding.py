@@ -9,6 +9,7 @@ from flax import nnx
 
 from configs.train import language_model_rate
 from experiments.balance import balance_once
+from experiments.steer import _pointer
 from vla_jax.data.loader import DataConfig
 from vla_jax.envs.bias import BiasConfig
 from vla_jax.envs.collect import CollectConfig, collect
@@ -19,7 +20,7 @@ from vla_jax.evaluation.evaluate import EvalConfig, World
 from vla_jax.evaluation.retention import answer_accuracy
 from vla_jax.losses.objective import LossConfig
 from vla_jax.models.policy import LANGUAGE_MODEL
-from vla_jax.training.checkpoints import load_policy
+from vla_jax.training.checkpoints import load_actor, load_policy
 from vla_jax.training.state import flatten
 from vla_jax.training.train_config import TrainConfig
 from vla_jax.training.trainer import train
@@ -92,6 +93,16 @@ def test_a_policy_starts_from_the_language_model_of_another_run(grounding, actin
             assert same, path
         elif leaf.std() > 0:
             assert not same, f"{path}: the rest begins with the run's own seed"
+
+
+def test_what_answers_and_does_not_act_is_no_policy(grounding):
+    with pytest.raises(UserError, match="never learned to act .*--config.init_from="):
+        load_actor(grounding)
+    contract = load_policy(grounding)[1]
+    of_another_task = dataclasses.replace(contract, facts={**contract.facts, "task": "pick"})
+    assert _pointer(str(grounding), 2, contract)
+    with pytest.raises(UserError, match="learned to point on the task 'reach', and the policy is of 'pick'"):
+        _pointer(str(grounding), 2, of_another_task)
 
 
 def test_a_frozen_language_model_stays_and_is_kept_once(grounding, acting, tmp_path):

@@ -303,7 +303,9 @@ def make_loader(
             be divided.
     """
     if absent := [view for view in views or () if view not in contract.images]:
-        raise UserError(f"the data have no view {absent[0]!r}: they have {', '.join(contract.images)}")
+        raise UserError(
+            f"the data have no view {absent[0]!r}: they have {', '.join(contract.images)}; set policy.views"
+        )
     if config.batch_size % process_count:
         raise UserError(f"data.batch_size {config.batch_size} cannot be divided among {process_count} processes")
     dataset = open_data(config, contract)

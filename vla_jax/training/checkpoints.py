@@ -155,6 +155,17 @@ def load_policy(run_dir: str | Path, step: int | None = None, ema: bool = True) 
     return merge(graphdef, loaded[weights], loaded["constants"]), contract, config
 
 
+def load_actor(run_dir: str | Path, step: int | None = None, ema: bool = True) -> tuple[Policy, Contract, TrainConfig]:
+    """As `load_policy`, for who is to act. Raises UserError for a run that learned from questions alone, too."""
+    policy, contract, config = load_policy(run_dir, step, ema)
+    if not config.loss.demonstrations:
+        raise UserError(
+            f"{run_dir} never learned to act (configs/grounding.py): train a policy that starts from it, by "
+            f"experiments.train … --config.init_from={run_dir}"
+        )
+    return policy, contract, config
+
+
 def has_begun(run_dir: Path) -> bool:
     """Whether a run, or anything else, lies there. Of one that met a full disk before it began, only the files before
     provenance.json are left, and it may start anew."""

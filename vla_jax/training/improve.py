@@ -36,7 +36,7 @@ from vla_jax.rl.controls import Cloning, FixedNoise
 from vla_jax.rl.frozen import Flow, SteeredPolicy, flow_of
 from vla_jax.rl.loop import LoopConfig, LoopState, begin, make_advance
 from vla_jax.rl.networks import merge, split
-from vla_jax.training.checkpoints import Checkpoints, has_begun, load_policy
+from vla_jax.training.checkpoints import Checkpoints, has_begun, load_actor
 from vla_jax.training.loop import BAR, Stopped
 from vla_jax.training.metrics import MetricsWriter, Stopwatch, disk_space
 from vla_jax.training.signals import StopRequest
@@ -121,7 +121,7 @@ def improve(config: ImproveConfig, workdir: str | Path, resume: bool = False) ->
         # The policy may train on meanwhile; this run stays with what it began with. Earlier versions wrote no number.
         step = newest_step(config.policy) if begun.policy_step is None else begun.policy_step
         config = dataclasses.replace(config, policy_step=step)
-    policy, contract, _ = load_policy(config.policy, config.policy_step)
+    policy, contract, _ = load_actor(config.policy, config.policy_step)
     world = _world(config, contract)
     _check_run_dir(run_dir, config, contract, resume)
     improvement = Improvement(config, policy, Evaluator(contract, config.eval, world))
@@ -156,7 +156,7 @@ def load_improved(workdir: str | Path, seed: int = 0) -> tuple[SteeredPolicy, Co
         UserError: no such run, or nothing saved yet.
     """
     config = _load_config(Path(workdir))
-    policy, contract, _ = load_policy(config.policy, config.policy_step)
+    policy, contract, _ = load_actor(config.policy, config.policy_step)
     improvement = Improvement(config, policy, Evaluator(contract, config.eval, _world(config, contract)))
     checkpoints = Checkpoints(Path(workdir) / f"seed{seed}")
     state, _ = _restore(checkpoints, improvement.begin(seed))

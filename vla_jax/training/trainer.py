@@ -22,8 +22,8 @@ import vla_jax
 from vla_jax.config import diff, to_json
 from vla_jax.data.contract import Contract
 from vla_jax.data.loader import data_contract, describe_data, make_loader, members
-from vla_jax.data.tokenizer import with_limit
-from vla_jax.envs.questions import Questioner, QuestionStream
+from vla_jax.data.tokenizer import from_json, with_limit
+from vla_jax.envs.questions import Questioner, QuestionStream, check_places
 from vla_jax.errors import UserError
 from vla_jax.evaluation.evaluate import Evaluator, World, format_table
 from vla_jax.evaluation.results import save_results
@@ -187,6 +187,8 @@ def _make_data(config: TrainConfig, contract: Contract, split: str):
         data = make_loader(settings, contract, *process, views=config.policy.views)
     if not config.questions.batch_size:
         return data
+    if config.policy.reasoning:
+        check_places(from_json(contract.tokenizer))
     world = World.of(contract, config.eval)
     stream, views = (config.questions.seed, split == "held_out"), config.policy.views
     ask = Questioner(contract, world.env, world.bias, world.scene, *stream, views)
@@ -202,7 +204,7 @@ def language_model_of(run_dir: str | Path, shapes: FlatArrays, contract: Contrac
     Raises:
         UserError: no such run, other words, or a model of another size.
     """
-    policy, theirs, _ = load_policy(run_dir)
+    policy, theirs, trained = load_policy(run_dir)
     if theirs.tokenizer != contract.tokenizer:
         raise UserError(f"the run {run_dir} speaks other words than the dataset: collect and train it again")
     given = flatten(nnx.state(policy, nnx.Param))
@@ -210,7 +212,10 @@ def language_model_of(run_dir: str | Path, shapes: FlatArrays, contract: Contrac
     for path, leaf in taken.items():
         if path not in given or given[path].shape != leaf.shape:
             there = given[path].shape if path in given else "not there"
-            raise UserError(f"cannot start from {run_dir}: {path} is {leaf.shape} here and {there} in that run")
+            raise UserError(
+                f"cannot start from {run_dir}: {path} is {leaf.shape} here and {there} in that run: give this run the "
+                f"encoder ({trained.policy.encoder!r}) and the sizes of that one, see its config.json"
+            )
     return {path: put(given[path], leaf.sharding) for path, leaf in taken.items()}
 
 
