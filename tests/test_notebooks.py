@@ -175,13 +175,13 @@ def test_settings_change_one_evaluation(runs, tmp_path, capsys):
     command = [f"--workdir={run_dir}", f"--config={ROOT}/configs/evaluate.py", f"--report={tmp_path}/page.html"]
     with pytest.raises(UserError, match="did you mean 'eval.scenes'"):
         main([*command, "--config.eval.scnes=3"])
-    main([*command, "--config.eval.scenes=3", "--config.eval.splits=('swapped',)", "--config.eval.videos=0"])
+    changes = ["--config.eval.scenes=3", "--config.eval.splits=('swapped',)", "--config.eval.guidance=2.0"]
+    main([*command, *changes, "--config.eval.videos=0"])
     assert (tmp_path / "page.html").is_file() and not (run_dir / "report.html").exists()
     (row,) = json.loads((run_dir / "results.json").read_text())["rows"]
     assert row["split"] == "swapped" and row["trials"] == 3
-    name = f"{before.step:08d}-scenes=3,splits=swapped.json"
+    name = f"{before.step:08d}-guidance=2.0,scenes=3,splits=swapped.json"
     assert (run_dir / "evaluation" / name).is_file() and load_run(run_dir).last == before
-    main([*command, "--config.step=4", "--config.eval.guidance=2.0"])
     assert "full guidance=2.0<small>step 4<" in (tmp_path / "page.html").read_text()
     assert f"report: {tmp_path}/page.html" in capsys.readouterr().out
 

@@ -141,7 +141,7 @@ def test_turning_the_batch_changes_nothing(policy, batch):
     assert np.ptp(plain) > 1e-4, "the samples differ, so order is visible"
 
 
-@pytest.mark.parametrize("keep", [0.9, 0.5])
+@pytest.mark.parametrize("keep", [0.9, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_training_separates_the_instructions_as_far_as_the_actions_do(make_policy, fit, synthetic, keep):
     """From a policy to which all words are one, valid_fraction (log 2 - value) grows from 0, but not beyond
     I(l; a | v) = ln 2 - H(keep)."""

@@ -71,7 +71,7 @@ def world(make_contract):  # noqa: F811
     policies["fast"] = policies["pushes"][0], dataclasses.replace(make_contract(), control_hz=20.0)
     policies["foreign"] = policies["pushes"][0], dataclasses.replace(make_contract(), facts={})
     patch.setattr("vla_jax.evaluation.evaluate.Tabletop", Point)
-    patch.setattr("vla_jax.training.improve.load_policy", lambda run_dir, step: (*policies[run_dir], None))
+    patch.setattr("vla_jax.training.improve.load_actor", lambda run_dir, step: (*policies[run_dir], None))
     patch.setattr("vla_jax.training.improve.newest_step", lambda run_dir: 7)
     yield policies
     patch.undo()
@@ -192,13 +192,13 @@ def test_a_used_directory_is_not_overwritten(finished, settings):
 def test_a_run_keeps_the_checkpoint_that_was_the_newest_when_it_began(finished, settings, tmp_path, monkeypatch):
     run_dir, loaded = shutil.copytree(finished, tmp_path / "run"), []
     assert json.loads((run_dir / "config.json").read_text())["policy_step"] == 7
-    load = improve.__globals__["load_policy"]
+    load = improve.__globals__["load_actor"]
 
     def noted(policy, step):
         loaded.append(step)
         return load(policy, step)
 
-    monkeypatch.setattr("vla_jax.training.improve.load_policy", noted)
+    monkeypatch.setattr("vla_jax.training.improve.load_actor", noted)
     monkeypatch.setattr("vla_jax.training.improve.newest_step", lambda run_dir: 9)
     improve(settings, run_dir, resume=True)
     load_improved(run_dir)
