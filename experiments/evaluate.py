@@ -15,7 +15,7 @@ from vla_jax.evaluation.records import load_run
 from vla_jax.evaluation.report import require_extra, write_report, write_stills
 from vla_jax.evaluation.results import Results, compare, save_results
 from vla_jax.platform import setup_compilation_cache
-from vla_jax.training.checkpoints import Checkpoints, load_actor
+from vla_jax.training.checkpoints import load_actor, newest_step
 
 ACTING = ("execute", "sampler_steps", "guidance", "ema")  # what makes another policy of the same weights
 
@@ -64,7 +64,7 @@ def evaluate_runs(run_dirs: Sequence[Path], settings: Mapping[str, Any], report:
             own = {**dataclasses.asdict(trained.eval), **settings.get("eval", {})}
             first = Evaluator(contract, configuration.resolve(EvalConfig, own, "eval"))
         evaluator = first.reading(contract, str(run_dir))
-        step = settings.get("step") or Checkpoints(run_dir).steps[-1]
+        step = settings.get("step") or newest_step(run_dir)
         changes = _changes(trained.eval, evaluator.config, ema)
         acts = [f"{name}={value}" for name, value in changes.items() if name in ACTING]
         results.append(evaluator(policy, " ".join([trained.arm, *acts]), step))

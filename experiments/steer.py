@@ -27,8 +27,8 @@ from vla_jax.steering.report import make_rows, markdown
 from vla_jax.steering.steer import NoiseSource, SteerConfig
 from vla_jax.steering.study import SteerStudy, SteerStudyConfig
 from vla_jax.steering.writer import Cached, Endpoint, Stored, Writer
-from vla_jax.training.checkpoints import load_actor, load_policy
-from vla_jax.training.improve import load_improved, newest_step
+from vla_jax.training.checkpoints import load_actor, load_policy, newest_step
+from vla_jax.training.improve import load_improved
 
 
 @dataclasses.dataclass(frozen=True)

@@ -126,6 +126,18 @@ class Checkpoints:
             return False
 
 
+def newest_step(run_dir: str | Path) -> int:
+    """The step of a run's newest complete checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
+    steps = Checkpoints(run_dir).steps
+    if not steps:
+        raise UserError(f"no checkpoint in {run_dir} is complete yet: wait for one, or go on with that run")
+    return steps[-1]
+
+
 def load_policy(run_dir: str | Path, step: int | None = None, ema: bool = True) -> tuple[Policy, Contract, TrainConfig]:
     """The policy of a training run, ready to act.
 

@@ -36,7 +36,7 @@ from vla_jax.rl.controls import Cloning, FixedNoise
 from vla_jax.rl.frozen import Flow, SteeredPolicy, flow_of
 from vla_jax.rl.loop import LoopConfig, LoopState, begin, make_advance
 from vla_jax.rl.networks import merge, split
-from vla_jax.training.checkpoints import Checkpoints, has_begun, load_actor
+from vla_jax.training.checkpoints import Checkpoints, has_begun, load_actor, newest_step
 from vla_jax.training.loop import BAR, Stopped
 from vla_jax.training.metrics import MetricsWriter, Stopwatch, disk_space
 from vla_jax.training.signals import StopRequest
@@ -135,18 +135,6 @@ def improve(config: ImproveConfig, workdir: str | Path, resume: bool = False) ->
     for seed in range(config.seeds):
         Run(improvement, run_dir / f"seed{seed}", seed)()
     return run_dir
-
-
-def newest_step(run_dir: str | Path) -> int:
-    """The step of a run's newest complete checkpoint.
-
-    Raises:
-        UserError: there is none.
-    """
-    steps = Checkpoints(run_dir).steps
-    if not steps:
-        raise UserError(f"no checkpoint in {run_dir} is complete yet: wait for one, or go on with that run")
-    return steps[-1]
 
 
 def load_improved(workdir: str | Path, seed: int = 0) -> tuple[SteeredPolicy, Contract, ImproveConfig]:

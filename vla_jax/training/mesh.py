@@ -78,7 +78,7 @@ def state_shardings(state: TrainState, mesh: Mesh | AbstractMesh) -> TrainState:
 
     Averaged weights and the optimiser's moments lie where their parameters do; all else is on every device.
     """
-    shapes = {path: leaf.shape for path, leaf in {**state.params, **state.constants}.items()}
+    shapes = {path: leaf.shape for path, leaf in state.weights.items()}
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
         names = (entry.key for entry in reversed(path) if isinstance(entry, jax.tree_util.DictKey))
@@ -148,7 +148,7 @@ def describe(state: TrainState, shardings: TrainState) -> str:
     """The mesh, how the parameters are split, and the bytes that they and the optimiser take on a device."""
     mesh = shardings.step.mesh
     by_spec: dict[str, int] = {}
-    weights, places = {**state.params, **state.constants}, {**shardings.params, **shardings.constants}
+    weights, places = state.weights, shardings.weights
     for path, leaf in weights.items():
         spec = tuple(axis for axis in places[path].spec if axis)
         name = "x".join(map(str, spec)) or "whole"

@@ -179,7 +179,7 @@ def _expected_traffic(program: Program, config: TrainConfig, shape: tuple[int, i
     data, fsdp, tensor = shape
     weights, gradients = (
         sum(leaf.size for leaf in part.values()) * jnp.dtype(config.policy.dtype).itemsize / tensor
-        for part in (program.weights, program.shapes.params)
+        for part in (program.shapes.weights, program.shapes.params)
     )
     moved = {}
     if fsdp > 1:

@@ -39,11 +39,6 @@ class Program:
     validate: Callable[[TrainState, dict[str, Any], Any], dict[str, Any]]
 
     @property
-    def weights(self) -> FlatArrays:
-        """Every variable of the policy, trained or not, as shapes, each with its place."""
-        return {**self.shapes.params, **self.shapes.constants}
-
-    @property
     def shardings(self) -> TrainState:
         """Where the state lies."""
         return jax.tree.map(lambda shape: shape.sharding, self.shapes)

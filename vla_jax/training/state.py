@@ -26,6 +26,11 @@ class TrainState:
     gate_state: Any  # the objective's own state
     key: UInt32[Array, "2"]  # data of the run's random key; a step uses fold_in(key, step)
 
+    @property
+    def weights(self) -> FlatArrays:
+        """Every variable of the module, trained or not."""
+        return {**self.params, **self.constants}
+
 
 def merge(graphdef: nnx.GraphDef, params: FlatArrays, constants: FlatArrays) -> nnx.Module:
     """The module with these arrays in it."""

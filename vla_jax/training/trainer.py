@@ -119,9 +119,9 @@ def _first_state(program: Program, config: TrainConfig, contract: Contract, mesh
             "with policy.reasoning a language model speaks, and nobody taught this one: start from a trained one by "
             "init_from=RUN (configs/grounding.py makes one) or pretrained.directory, or add questions"
         )
-    given = load_backbone(directory, config.policy, program.weights, config.seed, mesh) if directory else {}
+    given = load_backbone(directory, config.policy, program.shapes.weights, config.seed, mesh) if directory else {}
     if config.init_from:
-        given |= language_model_of(config.init_from, program.weights, contract)
+        given |= language_model_of(config.init_from, program.shapes.weights, contract)
     return program.first_state(config.seed, given)
 
 
@@ -266,7 +266,7 @@ def _evaluation(config: TrainConfig, contract: Contract, program: Program, run_d
 
 
 def _describe(config: TrainConfig, contract: Contract, program: Program, run_dir: Path) -> None:
-    parts = (program.weights, program.shapes.params)
+    parts = (program.shapes.weights, program.shapes.params)
     count, trained = (sum(leaf.size for leaf in part.values()) / 1e6 for part in parts)
     print(f"{config.arm}: {count:.2f} M parameters, {trained:.2f} M of them trained")
     print(f"{config.steps} steps of {config.samples} samples")
