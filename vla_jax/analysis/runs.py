@@ -6,7 +6,7 @@ from typing import Any
 from vla_jax.errors import UserError
 from vla_jax.evaluation.evaluate import format_table
 from vla_jax.evaluation.records import Curve, Run, load_run
-from vla_jax.evaluation.results import compare
+from vla_jax.evaluation.results import common_splits, compare
 
 __all__ = ["Curve", "Run", "compare_runs", "load_run", "sibling_runs", "success_table"]
 
@@ -36,7 +36,7 @@ def sibling_runs(run: Run) -> list[Run]:
     comparable = []
     for sibling in siblings:
         try:
-            compare(_last(run), _last(sibling))
+            common_splits(_last(run), _last(sibling))
             comparable.append(sibling)
         except UserError as error:
             print(f"without {sibling.directory}: {error}")

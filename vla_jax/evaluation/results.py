@@ -110,8 +110,8 @@ def fingerprint(tree: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def compare(first: Results, second: Results) -> dict[str, Comparison]:
-    """Second minus first on every split that both ran, scene by scene.
+def common_splits(first: Results, second: Results) -> list[str]:
+    """The splits that both ran, on the same scenes.
 
     Raises:
         UserError: no common split, or a common split with other scenes.
@@ -129,7 +129,17 @@ def compare(first: Results, second: Results) -> dict[str, Comparison]:
                 f"{first.arm} and {second.arm} were judged on other scenes of {split!r}; "
                 "evaluate both with the same seed, number of scenes, task and bias"
             )
-    return {split: compare_paired(first.success(split), second.success(split)) for split in common}
+    return common
+
+
+def compare(first: Results, second: Results) -> dict[str, Comparison]:
+    """Second minus first on every split that both ran, scene by scene.
+
+    Raises:
+        UserError: as `common_splits`.
+    """
+    splits = common_splits(first, second)
+    return {split: compare_paired(first.success(split), second.success(split)) for split in splits}
 
 
 def save_results(run_dir: str | Path, results: Results, changes: str = "") -> Path:
