@@ -41,6 +41,9 @@ coupling as under this one; and on the task "pick", where the two words do not t
 Before it ran from a stage 0 of 32 000 steps, which points within a cell in 94 to 96 %, having seen that of its misses
 in distribution three in five had wrong words: 91 and 87.
 Before the baseline ran from there: 96 and 42.
+Before stage 0 went on from there for 16 000 steps with questions for places alone (of which it had half until then),
+having seen that of 2048 such answers 93.1 % are within a cell, 1.9 % at another object and 4.1 at none: 97 % within a
+cell, `pointing_only` 95 % in distribution and 94 on swapped instructions, the baseline 98 and 68.
 """
 
 from ml_collections import ConfigDict

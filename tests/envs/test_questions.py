@@ -8,7 +8,7 @@ from vla_jax.data import tokenizer as tokenizers
 from vla_jax.envs import language, questions
 from vla_jax.envs.bias import HELD_OUT_PAIRS, BiasConfig
 from vla_jax.envs.env import EnvConfig
-from vla_jax.envs.questions import BINS, KINDS, Questioner, QuestionStream, ask
+from vla_jax.envs.questions import BINS, KINDS, QuestionConfig, Questioner, QuestionStream, ask
 from vla_jax.envs.sampling import SceneConfig
 from vla_jax.envs.scene import COLORS, SHAPES, Scene
 from vla_jax.envs.tasks import FAMILIES
@@ -113,6 +113,21 @@ def test_yes_and_no_are_true_and_equally_frequent():
     assert ("is the green ball left of the red cube", "no") in relations
     assert ("is the red cube in front of the blue cylinder", "yes") in relations
     assert not any("front" in question or "behind" in question for question, _ in relations if "red" not in question)
+
+
+def test_only_the_kinds_that_are_named_are_asked(questioner):
+    arguments = EnvConfig(image_size=16), BiasConfig("uniqueness", 0.1), SceneConfig(3)
+    some = Questioner(Words, *arguments, kinds=("exists", "relation"))(0, np.arange(64))
+    counts = np.bincount(some["kind"], minlength=len(KINDS))
+    assert counts[-2:].min() > 16 and counts[:-2].sum() == 0, "in equal shares, as among all kinds"
+    assert {decode(some, row, some["answer_mask"][row]) for row in range(64)} == {"yes", "no"}
+    np.testing.assert_array_equal(some["images"]["front"], questioner(0, np.arange(64))["images"]["front"])
+
+
+@pytest.mark.parametrize("kinds", [(), ("where", "where"), ("were",)])
+def test_kinds_that_cannot_be_asked_are_refused(kinds):
+    with pytest.raises(UserError, match="did you mean 'where'" if kinds == ("were",) else "name one kind or more"):
+        QuestionConfig(kinds=kinds)
 
 
 def test_a_batch_is_a_function_of_seed_and_number(questioner):

@@ -36,6 +36,7 @@ from vla_jax.envs.sampling import SceneConfig, sample_episode
 from vla_jax.envs.scene import COLORS, RELATION_VECTORS, RELATIONS, SHAPES, VIEWS, ZONES, Scene
 from vla_jax.envs.views import cameras_of, observe_images
 from vla_jax.errors import UserError
+from vla_jax.schema import nearest
 
 KINDS = ("describe", "where", "point", "what", "exists", "relation")
 SHARES = (0.15, 0.2, 0.3, 0.15, 0.1, 0.1)  # of the kinds
@@ -165,12 +166,22 @@ def _ask_relation(scene, objects, target, rng) -> Question:
 
 @dataclasses.dataclass(frozen=True)
 class QuestionConfig:
-    """Questions that go with every batch. batch_size: how many (0: none), over all processes. seed: of their stream."""
+    """Questions that go with every batch.
+
+    batch_size: how many (0: none), over all processes. kinds: of `KINDS`, those that are asked, by their `SHARES`.
+    seed: of their stream.
+    """
 
     batch_size: int = 0
+    kinds: tuple[str, ...] = KINDS
     seed: int = 0
 
     def __post_init__(self):
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise UserError(f"questions.kinds: unknown kind '{kind}'{nearest(kind, KINDS)}")
+        if not self.kinds or len(set(self.kinds)) < len(self.kinds):
+            raise UserError(f"questions.kinds is {self.kinds}: name one kind or more, each once, of {', '.join(KINDS)}")
         for field in ("batch_size", "seed"):
             if getattr(self, field) < 0:
                 raise UserError(f"questions.{field} is {getattr(self, field)}: it must not be negative")
@@ -179,7 +190,8 @@ class QuestionConfig:
 class Questioner:
     """Batches of questions about the scenes of one world, in the words of one contract.
 
-    held_out: of another stream, which no training with this seed meets. views: the pictures that are shown.
+    held_out: of another stream, which no training with this seed meets. views: the pictures that are shown. kinds: of
+    questions that are asked.
     """
 
     def __init__(
@@ -191,8 +203,11 @@ class Questioner:
         seed: int = 0,
         held_out: bool = False,
         views: tuple[str, ...] = VIEWS,
+        kinds: tuple[str, ...] = KINDS,
     ):
         self._world, self._views = (env, bias, scene), tuple(views)
+        shares = np.array([share if kind in kinds else 0 for kind, share in zip(KINDS, SHARES, strict=True)])
+        self._shares = shares / shares.sum()
         self._stream = (seed, int(held_out))
         self.stream = {"seed": seed, "held_out": held_out}  # names what is asked
         self._tokenizer, self._length = tokenizers.from_json(contract.tokenizer), contract.max_tokens
@@ -212,7 +227,7 @@ class Questioner:
         asked, whole, kinds = [], [], []
         for index, row in enumerate(rows):
             rng = np.random.default_rng((*self._stream, number, row))
-            kinds.append(rng.choice(len(KINDS), p=SHARES))
+            kinds.append(rng.choice(len(KINDS), p=self._shares))
             one = jax.tree.map(operator.itemgetter(index), scene)
             question = ask(KINDS[kinds[-1]], self._world[0].task, one, fits[index], pixels[index], rng)
             asked.append(question.question)

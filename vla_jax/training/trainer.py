@@ -190,9 +190,9 @@ def _make_data(config: TrainConfig, contract: Contract, split: str):
     if config.policy.reasoning:
         check_places(from_json(contract.tokenizer))
     world = World.of(contract, config.eval)
-    stream, views = (config.questions.seed, split == "held_out"), config.policy.views
-    ask = Questioner(contract, world.env, world.bias, world.scene, *stream, views)
-    return QuestionStream(ask, config.questions.batch_size, data, *process)
+    asked, stream = config.questions, (config.questions.seed, split == "held_out")
+    ask = Questioner(contract, world.env, world.bias, world.scene, *stream, config.policy.views, asked.kinds)
+    return QuestionStream(ask, asked.batch_size, data, *process)
 
 
 def language_model_of(run_dir: str | Path, shapes: FlatArrays, contract: Contract) -> FlatArrays:
