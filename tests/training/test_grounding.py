@@ -20,10 +20,10 @@ from vla_jax.evaluation.evaluate import EvalConfig, World
 from vla_jax.evaluation.retention import answer_accuracy
 from vla_jax.losses.objective import LossConfig
 from vla_jax.models.policy import LANGUAGE_MODEL
-from vla_jax.training.checkpoints import load_actor, load_policy
+from vla_jax.training.checkpoints import load_actor, load_config, load_policy
 from vla_jax.training.state import flatten
 from vla_jax.training.train_config import TrainConfig
-from vla_jax.training.trainer import train
+from vla_jax.training.trainer import _make_data, train
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,16 @@ def test_questions_alone_train_the_language_model_and_nothing_else(grounding, ac
     assert any(path.startswith("trunk") for path in moved) and any(path.startswith("vision") for path in moved)
     for path in decayed:  # weight decay alone: every entry shrinks by the same tiny factor
         np.testing.assert_allclose(trained[path], fresh[path], rtol=1e-3)
+
+
+def test_a_run_asks_what_it_is_told_to_ask(grounding):
+    config, contract = load_config(grounding), load_policy(grounding)[1]
+    some = dataclasses.replace(config, questions=dataclasses.replace(config.questions, kinds=("where", "what")))
+    for split in ("train", "held_out"):
+        stream = _make_data(some, contract, split)
+        kinds = np.concatenate([next(stream)["questions"]["kind"] for _ in range(4)])
+        stream.close()
+        assert {KINDS[kind] for kind in kinds} == {"where", "what"}
 
 
 def test_a_policy_starts_from_the_language_model_of_another_run(grounding, acting, tmp_path):
