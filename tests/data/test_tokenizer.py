@@ -47,7 +47,7 @@ def test_every_sentence_of_the_templates_survives_the_round_trip():
 
 def test_an_unknown_word_is_named_with_the_nearest_known_one():
     tokenizer = train_tokenizer(SENTENCES)
-    with pytest.raises(UserError, match=r"unknown word 'Cubes' in .*; did you mean 'cube'\?"):
+    with pytest.raises(UserError, match=r"unknown word 'Cubes' in .*: did you mean 'cube'\?"):
         encode(tokenizer, ["push the red cube", "push the red Cubes"], 8)
     for text in ("push the [UNK] cube", "push the [PAD] cube", "push the größe cube", "push the red-cubes"):
         with pytest.raises(UserError, match="unknown word"):

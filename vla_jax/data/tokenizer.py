@@ -8,7 +8,6 @@ nothing.
 Axis legend: B batch, L tokens.
 """
 
-import difflib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -16,6 +15,7 @@ from jaxtyping import Bool, Int
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from vla_jax.errors import UserError
+from vla_jax.schema import suggest
 
 PAD, UNKNOWN = "[PAD]", "[UNK]"
 PAD_ID = 0
@@ -81,9 +81,7 @@ def encode(
 
 def _unknown_word(tokenizer, word, text) -> str:
     known = sorted(set(tokenizer.get_vocab()) - {PAD, UNKNOWN})
-    nearest = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.0)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else "the tokenizer knows no words at all."
-    return f"unknown word {word!r} in the instruction {text!r}; {hint}"
+    return f"unknown word {word!r} in the instruction {text!r}{suggest(word.lower(), known)}"
 
 
 def to_json(tokenizer: Tokenizer) -> str:

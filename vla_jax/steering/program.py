@@ -11,7 +11,6 @@ Axes: K keypoints, T poses of a path.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from vla_jax.errors import UserError
+from vla_jax.schema import nearest
 from vla_jax.steering.terms import TERMS, Term, View
 
 MAX_STAGES, MAX_TERMS = 8, 8
@@ -138,8 +138,7 @@ def _term(value: Any, number: int, stage: str, index: int, labels: Sequence[str]
         raise UserError(f"{place(number, stage)}: term {index} must be an object with a 'term', got {value!r}")
     where = place(number, stage, index, value["term"])
     if value["term"] not in TERMS:
-        nearest = difflib.get_close_matches(value["term"], TERMS, n=1, cutoff=0.0)[0]
-        raise UserError(f"{where}: no such term; did you mean {nearest!r}? Terms: {', '.join(TERMS)}")
+        raise UserError(f"{where}: no such term{nearest(value['term'], TERMS)}")
     term = TERMS[value["term"]]
     defaults = {f.name: f.default for f in dataclasses.fields(term) if f.default is not dataclasses.MISSING}
     _check_keys(value, {"term", *set(term.kinds).difference(defaults)}, {"term", *term.kinds}, where)
