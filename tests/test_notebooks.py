@@ -12,6 +12,7 @@ import nbformat
 import numpy as np
 import pytest
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 from experiments.compare import CompareConfig, run
 from experiments.evaluate import main
@@ -253,9 +254,9 @@ def test_the_branches_are_imagined_apart(runs, token_run):
     assert [len(axis.lines) for axis in plot_branches({"a": judged, "b": judged}).axes] == [9, 9]
 
 
-def execute(name: str, run_dir: Path, monkeypatch) -> tuple[int, str]:
+def execute(name: str, run_dir: Path, monkeypatch, variable: str = "VLA_JAX_RUN") -> tuple[int, str]:
     """Runs a notebook on a run: how many pictures it shows, and all that it prints."""
-    monkeypatch.setenv("VLA_JAX_RUN", str(run_dir))
+    monkeypatch.setenv(variable, str(run_dir))
     notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
@@ -277,6 +278,16 @@ def test_language_following_runs(kind, runs, token_run, monkeypatch):
 def test_steering_runs(runs, monkeypatch):
     pictures, text = execute("steering.ipynb", runs[1], monkeypatch)
     assert pictures == 2 and "keypoint on the" in text and '"term": "distance"' in text
+
+
+@pytest.mark.parametrize("place", ["stage0_32000", pytest.param("", marks=pytest.mark.slow)])
+def test_study_runs(place, tmp_path, monkeypatch):
+    cells = ROOT / "docs/results/language_following" / place
+    (tmp_path / "results").symlink_to(cells)
+    pictures, text = execute("study.ipynb", tmp_path if place else cells, monkeypatch, "VLA_JAX_STUDY")
+    assert pictures == 5 and "against baseline" in text and "minus " in text
+    with pytest.raises(CellExecutionError, match="set VLA_JAX_STUDY to its --workdir"):
+        execute("study.ipynb", tmp_path / "nothing", monkeypatch, "VLA_JAX_STUDY")
 
 
 def test_steering_arms_are_kept_and_compared(runs, tmp_path, monkeypatch, capsys):
