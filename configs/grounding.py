@@ -5,6 +5,12 @@ python -m experiments.train --config=configs/train.py:cotrained --config.init_fr
     --config.policy.encoder=keypoints --config.policy.keypoints.points=32 --config.policy.views=front \
     --config.data.directory=DATA --workdir=runs/x
 
+One that is to point, and nothing else (`configs/train.py:pointing_only`, `experiments.steer --pointer`), can end with
+questions for places alone, which are half of all otherwise:
+
+python -m experiments.train --config=configs/grounding.py --config.init_from=runs/grounding --config.steps=16000 \
+    --config.questions.kinds="('where','point')" --config.data.directory=DATA --workdir=runs/places
+
 DATA gives the words and the look of the table; its demonstrations are not read. The questions are those of
 `vla_jax.envs.questions`. What the run learns are the parts in `models.policy.LANGUAGE_MODEL`; who starts
 from them has to have the same sizes.
