@@ -1,5 +1,7 @@
 """The figures of a study show the outcomes of its cells."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -65,7 +67,9 @@ def test_differences_are_sorted_and_hollow_where_seeds_are_few(results):
     low, high = swapped.containers[2].lines[2][0].get_segments()[0][:, 0]
     assert low < 35 < high
     assert known.containers[0].lines[0].get_xdata()[0] == pytest.approx(10)
-    with pytest.raises(UserError, match="no arm has a seed in common with 'nobody'"):
+    other = dataclasses.replace(cell("other", 0, 0.9), success={"swapped": [True] * SCENES})
+    assert ticks(plot_differences([*results, other]).axes[0]) == ["aims", "loses", "listens"], "it lacks a split"
+    with pytest.raises(UserError, match="no arm has a seed of in_distribution and swapped in common with 'nobody'"):
         plot_differences(results, "nobody")
 
 

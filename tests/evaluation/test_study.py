@@ -52,6 +52,7 @@ def test_differences_are_paired_by_seed_and_corrected(cells):
     assert gap["seeds"] == 3 and 0.25 < gap["low"] < 0.45 < gap["high"] < 0.65
     assert gap["p_holm"] == gap["p"] < 0.01, "one arm on this split"
     assert rows["in_distribution"]["difference"] == 0 and rows["in_distribution"]["p_holm"] == 1
+    assert comparisons(load_cells(cells), "baseline", ["swapped"]) == [gap], "the same, without the work for the others"
 
 
 def test_correction_is_for_the_arms_of_one_setting_and_split(cells):

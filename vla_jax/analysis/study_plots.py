@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from vla_jax.errors import UserError
-from vla_jax.evaluation.charts import GRID, INK, PALETTE, colours, style_axis
+from vla_jax.evaluation.charts import GRID, INK, PALETTE, colours, spaced, style_axis
 from vla_jax.evaluation.study import SURE_SEEDS, CellResult, comparisons, table
 
 SPLITS = ("in_distribution", "swapped")
@@ -18,12 +18,12 @@ SPLITS = ("in_distribution", "swapped")
 
 def coverage(results: Sequence[CellResult]) -> str:
     """How many seeds of each arm are there, arms down, couplings and rho across, as Markdown."""
-    settings = sorted({(result.cell.coupling, result.cell.rho) for result in results})
+    settings = sorted({result.cell.setting for result in results})
     lines = [f"| arm | {' | '.join(f'{coupling}, ρ = {rho:g}' for coupling, rho in settings)} |"]
     lines.append("|---" * (1 + len(settings)) + "|")
     for arm in sorted({result.cell.arm for result in results}):
         cells = [result.cell for result in results if result.cell.arm == arm]
-        counts = [sum((cell.coupling, cell.rho) == setting for cell in cells) for setting in settings]
+        counts = [sum(cell.setting == setting for cell in cells) for setting in settings]
         lines.append(f"| {arm} | {' | '.join(str(count or '–') for count in counts)} |")
     return "\n".join(lines)
 
@@ -45,7 +45,7 @@ def plot_tradeoff(results: Sequence[CellResult], splits: Sequence[str] = SPLITS,
     axis.errorbar(*places.T, *spreads.T[::-1], fmt="none", ecolor=GRID, elinewidth=2, zorder=1)
     axis.plot(*places.T, "o", color=PALETTE[5], markersize=5, zorder=2)
     axis.plot(*places[best].T, "-o", color=PALETTE[1], linewidth=1, markersize=7, zorder=3)
-    axis.set(ylim=(-3, 103), xlabel=f"{_spaced(splits[0])}, % of scenes", ylabel=f"{_spaced(splits[1])}, % of scenes")
+    axis.set(ylim=(-3, 103), xlabel=f"{spaced(splits[0])}, % of scenes", ylabel=f"{spaced(splits[1])}, % of scenes")
     named = sorted({*best, *(n for n, arm in enumerate(arms) if arm == reference)}, key=lambda n: places[n, 1])
     height = -np.inf
     for number in named:  # beside the panel, one above the other
@@ -71,10 +71,13 @@ def plot_differences(
     Sorted by the last split. Hollow: fewer than `SURE_SEEDS` seeds, whose interval knows scenes and not trainings.
     """
     _check_one_setting(results)
-    rows = {(row["arm"], row["split"]): row for row in comparisons(results, reference)}
-    if not rows:
-        raise UserError(f"no arm has a seed in common with '{reference}': name another reference")
-    arms = sorted({arm for arm, _ in rows}, key=lambda arm: rows[arm, splits[-1]]["difference"])
+    rows = {(row["arm"], row["split"]): row for row in comparisons(results, reference, splits)}
+    arms = [arm for arm in {arm for arm, _ in rows} if all((arm, split) in rows for split in splits)]
+    if not arms:
+        raise UserError(
+            f"no arm has a seed of {' and '.join(splits)} in common with '{reference}': name another reference"
+        )
+    arms.sort(key=lambda arm: rows[arm, splits[-1]]["difference"])
     figure = Figure(figsize=(2.0 + 3.2 * len(splits), 1.0 + 0.26 * len(arms)), layout="constrained")
     for axis, split in zip(figure.subplots(1, len(splits), sharey=True, squeeze=False)[0], splits, strict=True):
         style_axis(axis)
@@ -85,7 +88,7 @@ def plot_differences(
             filled = PALETTE[0] if row["seeds"] >= SURE_SEEDS else "white"
             style = {"fmt": "o", "color": PALETTE[0], "markerfacecolor": filled, "markersize": 5, "capsize": 2}
             axis.errorbar(middle, height, xerr=[[middle - low], [high - middle]], **style)
-        axis.set_title(_spaced(split), fontsize=9, color=INK, loc="left")
+        axis.set_title(spaced(split), fontsize=9, color=INK, loc="left")
         axis.set_xlabel(f"points above {reference}", fontsize=8)
         axis.set_yticks(range(len(arms)), arms)
     return figure
@@ -114,7 +117,7 @@ def plot_misses(results: Sequence[CellResult], split: str = "swapped") -> Figure
         axis.barh(range(len(means)), widths, left=left, color=colour, label=name, height=0.75)
         left = left + widths
     axis.set_yticks(range(len(means)), means)
-    axis.set(xlim=(0, 100), xlabel=f"% of scenes, {_spaced(split)}")
+    axis.set(xlim=(0, 100), xlabel=f"% of scenes, {spaced(split)}")
     axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), title="the hand ended at")
     return figure
 
@@ -129,29 +132,25 @@ def plot_measure(results: Sequence[CellResult], measure: str, split: str = "swap
     if not have:
         names = sorted({name for result in results for name in result.measures})
         raise UserError(f"no cell has both '{measure}' and '{split}'; there are the measures {', '.join(names)}")
-    settings = sorted({(result.cell.coupling, result.cell.rho) for result in have})
+    settings = sorted({result.cell.setting for result in have})
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axis = figure.subplots()
     style_axis(axis)
     for setting, colour in zip(settings, colours(len(settings)), strict=True):
-        here = [result for result in have if (result.cell.coupling, result.cell.rho) == setting]
+        here = [result for result in have if result.cell.setting == setting]
         values = np.array([[r.measures[measure], 100 * np.mean(r.success[split])] for r in here])
         both_vary = len(here) > 2 and np.ptp(values, axis=0).min() > 0
         ranked = f", rank correlation {spearmanr(*values.T).statistic:.2f}" if both_vary else ""
         label = f"{setting[0]}, ρ = {setting[1]:g}{ranked}"
         axis.plot(*values.T, "o", color=colour, markersize=5, alpha=0.8, label=label)
-    axis.set_xlabel(_spaced(measure), fontsize=9)
-    axis.set_ylabel(f"{_spaced(split)}, % of scenes", fontsize=9)
+    axis.set_xlabel(spaced(measure), fontsize=9)
+    axis.set_ylabel(f"{spaced(split)}, % of scenes", fontsize=9)
     axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0.0, -0.14), ncols=2)
     return figure
 
 
 def _check_one_setting(results: Sequence[CellResult]) -> None:
-    settings = sorted({(result.cell.coupling, result.cell.rho) for result in results})
+    settings = sorted({result.cell.setting for result in results})
     if len(settings) != 1:
         listed = ", ".join(f"{coupling} at rho {rho:g}" for coupling, rho in settings) or "none"
         raise UserError(f"the results are of {listed}: give those of one coupling and rho")
-
-
-def _spaced(name: str) -> str:
-    return name.replace("_", " ")

@@ -64,7 +64,7 @@ def success_figure(results: Sequence[Results]) -> "Figure":
         sticks = [(row["stick"], y) for row, y in zip(result.rows, heights, strict=True) if row["stick"] is not None]
         style = {"marker": "D", "s": 26, "facecolors": "white", "edgecolors": colour, "zorder": 3}
         axis.scatter(*np.array(sticks).reshape(-1, 2).T, **style)
-    axis.set_yticks(range(len(splits)), [split.replace("_", " ") for split in splits])
+    axis.set_yticks(range(len(splits)), [spaced(split) for split in splits])
     axis.set_xlim(-0.02, 1.02)
     axis.set_ylim(len(splits) - 0.5, -0.5)
     axis.set_xlabel("success rate (dot, 95 % interval) and stick rate (diamond)", fontsize=8)
@@ -101,6 +101,11 @@ def style_axis(axis) -> None:
     axis.grid(color=GRID, linewidth=0.8)
     axis.set_axisbelow(True)
     axis.tick_params(labelsize=8, colors=INK, length=0)
+
+
+def spaced(name: str) -> str:
+    """A split, measure or other name of the code as people read it: "held out pairs"."""
+    return name.replace("_", " ")
 
 
 def colours(count: int) -> list[str]:

@@ -231,7 +231,7 @@ def _configuration(runs: Sequence[Run]) -> str:
 
 
 def _spaced(split: str) -> str:
-    return html.escape(split.replace("_", " "))
+    return html.escape(charts.spaced(split))
 
 
 def _percent(rate: float) -> str:

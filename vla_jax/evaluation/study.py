@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vla_jax.errors import UserError
+from vla_jax.evaluation.charts import spaced
 from vla_jax.evaluation.intervals import SeedComparison, compare_seeds, holm
 from vla_jax.evaluation.results import Results
 from vla_jax.files import write_atomically
@@ -33,6 +34,11 @@ class Cell:
     rho: float
     arm: str
     seed: int
+
+    @property
+    def setting(self) -> tuple[str, float]:
+        """Coupling and rho: cells of one setting can be compared."""
+        return self.coupling, self.rho
 
     @property
     def name(self) -> str:
@@ -129,8 +135,10 @@ def measure_table(results: Iterable[CellResult]) -> list[dict[str, Any]]:
     return rows
 
 
-def comparisons(results: Sequence[CellResult], reference: str) -> list[dict[str, Any]]:
-    """Every other arm minus the reference arm, on the seeds that both have.
+def comparisons(
+    results: Sequence[CellResult], reference: str, splits: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """Every other arm minus the reference arm, on the seeds that both have; on some splits, or (None) on all.
 
     p is corrected by Holm over the arms of one coupling, rho and split: which of them differ from the reference there?
 
@@ -144,7 +152,8 @@ def comparisons(results: Sequence[CellResult], reference: str) -> list[dict[str,
         if arm == reference or not pairs:
             continue
         for split in pairs[0][0].success:
-            if any(split not in side.success for pair in pairs for side in pair):
+            asked_for = splits is None or split in splits
+            if not asked_for or any(split not in side.success for pair in pairs for side in pair):
                 continue
             if len({side.fingerprints[split] for pair in pairs for side in pair}) > 1:
                 raise UserError(f"{coupling}, rho {rho:g}: {arm} and {reference} met other scenes of {split!r}")
@@ -170,7 +179,7 @@ def markdown(results: Sequence[CellResult], reference: str) -> str:
     for coupling, rho in dict.fromkeys((key[0], key[1]) for key in rows):
         here = [key for key in rows if key[:2] == (coupling, rho)]
         splits = list(dict.fromkeys(key[3] for key in here))
-        lines = [f"### {coupling}, ρ = {rho:g}", "", f"| arm | seeds | {' | '.join(_spaced(s) for s in splits)} |"]
+        lines = [f"### {coupling}, ρ = {rho:g}", "", f"| arm | seeds | {' | '.join(spaced(s) for s in splits)} |"]
         lines.append("|---" * (2 + len(splits)) + "|")
         for arm in dict.fromkeys(key[2] for key in here):
             keys = [(coupling, rho, arm, split) for split in splits]
@@ -228,7 +237,7 @@ def figure(results: Sequence[CellResult], splits: Sequence[str] = ("in_distribut
                 axis.plot([r["rate"] for r in points], places, "o", color=f"C{index}", label=f"ρ = {rho:g}", alpha=0.8)
                 for row, place in zip(points, places, strict=True):
                     axis.plot(row["by_seed"], [place] * row["seeds"], ".", color=f"C{index}", markersize=4)
-            axis.set(xlabel="success", xlim=(-0.02, 1.02), title=f"{_spaced(split)} ({coupling})")
+            axis.set(xlabel="success", xlim=(-0.02, 1.02), title=f"{spaced(split)} ({coupling})")
             axis.set_yticks([*height.values()], [*height])
             axis.grid(axis="both", linewidth=0.3)
     panels[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -258,7 +267,3 @@ def _cell(row: dict[str, Any] | None, gap: dict[str, Any] | None) -> str:
     sure = "\\*" if gap["p_holm"] < 0.05 and gap["seeds"] >= SURE_SEEDS else ""
     points, low, high = (100 * gap[name] for name in ("difference", "low", "high"))
     return f"{text}<br>{points:+.1f} [{low:+.1f}, {high:+.1f}]{sure}"
-
-
-def _spaced(split: str) -> str:
-    return split.replace("_", " ")
