@@ -12,7 +12,7 @@ settings are refused. Layout:
     data/<coupling>-rho<rho>/   demonstrations
     grounding/<coupling>/       the language model that every training of a coupling starts from
     balance/<coupling>-rho<rho>/  the weights of demonstrations for arms with data.balance
-    runs/<cell>/                one training (see experiments.train)
+    runs/<cell>/                one training (see experiments.train); of unbiased data, which no rho changes, with rho = 1
     results/<cell>.json         the outcome of every scene, and the measures of listening: small, to be kept
     logs/<cell>.log             what a worker printed
     claims/                     empty files, locked by who is at it
@@ -220,11 +220,14 @@ def _run_claimed(config: StudyConfig, cell: Cell, workdir: Path) -> None:
     if data.balance and not data.weights:
         name = _data_name(cell.coupling, _rho(config, cell))
         data = dataclasses.replace(data, weights=str(_balance(config, name, dataset, start, workdir)))
-    run_dir = train_once(dataclasses.replace(arm, data=data, init_from=start), workdir / "runs" / cell.name)
+    run_dir = _run_dir(config, cell, workdir)
+    with claim(_claim(workdir, f"training-{run_dir.name}"), wait=True):
+        train_once(dataclasses.replace(arm, data=data, init_from=start), run_dir)
     policy, contract, _ = load_policy(run_dir)
     world = dataclasses.replace(World.of(contract, arm.eval), bias=BiasConfig(cell.coupling, cell.rho))
     results = Evaluator(contract, arm.eval, world)(policy, cell.arm, arm.steps)
-    save_results(run_dir, results)  # for who opens this run alone
+    changes = "" if cell.rho == _rho(config, cell) else f"rho={cell.rho:g}"
+    save_results(run_dir, results, changes)  # for who opens this run alone
     measures = listening.measure(policy, contract, arm.eval)
     measures |= answer_accuracy(policy, contract, world)
     save_cell(workdir / "results", cell, results, provenance(contract), measures)
@@ -239,6 +242,11 @@ def _arm(config: StudyConfig, cell: Cell) -> TrainConfig:
 def _rho(config: StudyConfig, cell: Cell) -> float:
     """Of the demonstrations that a cell learns from."""
     return 1.0 if cell.arm in config.unbiased else cell.rho
+
+
+def _run_dir(config: StudyConfig, cell: Cell, workdir: Path) -> Path:
+    """Of the training of a cell; of unbiased demonstrations there is one, which is judged for every rho."""
+    return workdir / "runs" / dataclasses.replace(cell, rho=_rho(config, cell)).name
 
 
 def _data_name(coupling: str, rho: float) -> str:
@@ -261,7 +269,7 @@ def _check_results(config: StudyConfig, workdir: Path, cells: Sequence[Cell]) ->
     """Raises UserError where one of these cells has the result of other settings: it would stand in the same table."""
     there = {result.cell.name: result for result in load_cells(workdir / "results")}
     for cell in cells:
-        result, run_dir = there.get(cell.name), workdir / "runs" / cell.name
+        result, run_dir = there.get(cell.name), _run_dir(config, cell, workdir)
         if result is None:
             continue
         arm = _arm(config, cell)

@@ -125,18 +125,20 @@ def test_a_study_grows_cell_by_cell(runs, tmp_path, monkeypatch):
         (arm, split, 1) for arm in "ab" for split in SPLITS
     }
     assert [row["arm"] for row in first["comparisons"]] == ["b"] * len(SPLITS)
-    learned_from = {
-        arm: Contract.load(tmp_path / "runs" / f"uniqueness-rho0.5-{arm}-seed0" / "contract.json").facts["rho"]
-        for arm in "ab"
-    }
-    assert learned_from == {"a": 0.5, "b": 1.0}
+    for rho, arm_name in ((0.5, "a"), (1.0, "b")):
+        run_dir = tmp_path / "runs" / f"uniqueness-rho{rho:g}-{arm_name}-seed0"
+        assert Contract.load(run_dir / "contract.json").facts["rho"] == rho
     marks = {result.cell.arm: result.fingerprints for result in load_cells(tmp_path / "results")}
     assert marks["a"] == marks["b"], "both met the scenes of rho = 0.5"
     assert load_run(tmp_path / "runs" / "uniqueness-rho0.5-a-seed0").last.step == 3, "a run opens by itself"
     assert (tmp_path / "study.png").is_file() and "### uniqueness, ρ = 0.5" in (tmp_path / "study.md").read_text()
-    monkeypatch.delattr("experiments.study.train_once")
-    study(config, tmp_path)
+    with monkeypatch.context() as context:
+        context.delattr("experiments.study.train_once")
+        study(config, tmp_path)
     assert json.loads((tmp_path / "study.json").read_text()) == first
+    monkeypatch.delattr("experiments.compare.train")  # unbiased data are the same for every rho, and so is the training
+    study(dataclasses.replace(config, arms={"b": arm}, rhos=(0.2,)), tmp_path)
+    assert {row["rho"] for row in json.loads((tmp_path / "study.json").read_text())["rows"]} == {0.2, 0.5}
 
 
 @pytest.mark.slow
