@@ -1,5 +1,5 @@
 # make quickstart   install into .venv and run the main job (README.md)
-# make test         install and run the tests;  make test-slow: the long ones;  make lint: ruff
+# make test         install and run the tests, a worker a core (at most 4);  make test-slow: the long ones;  make lint: ruff
 # make parity       install PyTorch too, so that the tests compare vision-language models with the originals
 PYTHON ?= python3.11
 VENV := .venv
@@ -26,7 +26,7 @@ quickstart: install
 	$(RUN) -m experiments.compare --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: install
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --maxprocesses=4 --dist=loadfile
 
 test-slow: install
 	$(RUN) -m pytest -m slow

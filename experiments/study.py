@@ -12,7 +12,7 @@ settings are refused. Layout:
     data/<coupling>-rho<rho>/   demonstrations
     grounding/<coupling>/       the language model that every training of a coupling starts from
     balance/<coupling>-rho<rho>/  the weights of demonstrations for arms with data.balance
-    runs/<cell>/                one training (see experiments.train); of unbiased data, which no rho changes, with rho = 1
+    runs/<cell>/                one training (see experiments.train); with rho1 in its name where the data are unbiased
     results/<cell>.json         the outcome of every scene, and the measures of listening: small, to be kept
     logs/<cell>.log             what a worker printed
     claims/                     empty files, locked by who is at it

@@ -15,10 +15,17 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 
 
+# Several workers may share a GPU: none takes all of its memory at once.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
     """The same small programs are compiled by many modules, some in other processes: compile each once."""
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # what all workers have in common
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root / "compiled"))
     setup_compilation_cache()
 
 

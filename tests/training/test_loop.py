@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,22 @@ def test_a_term_that_nothing_carries_stops_at_the_first_step(tmp_path):
     with pytest.raises(UserError, match="'fit' has weight 1, but"):
         loop.run()
     assert loop.step == 1
+
+
+def test_compiling_does_not_count_as_the_pace(tmp_path, capsys):
+    loop, seconds = make_loop(tmp_path / "run", steps=3, log_every=1), [1.0]
+    step_fn = loop._step_fn
+
+    def compiles(state, batch):
+        time.sleep(seconds.pop() if seconds else 0.0)
+        return step_fn(state, batch)
+
+    loop._step_fn = compiles
+    loop.run()
+    first, second, _ = metric_lines(tmp_path / "run")
+    assert first["time/compile"] > 0.5 and "time/compile" not in second
+    assert first["samples_per_second"] > loop.config.samples / 1.0
+    assert "compile" in capsys.readouterr().out.splitlines()[0]
 
 
 def test_validation_and_evaluation_come_in_order_and_are_logged(tmp_path):

@@ -92,6 +92,7 @@ class Loop:
         self._pending: tuple[int, Batch, dict] | None = None
         self._means, self._watch = Means(), Stopwatch()
         self._stop, self._evaluation_seconds = StopRequest(), 0.0
+        self._compiled = False  # the first call of step_fn says nothing of the pace
 
     def run(self) -> TrainState:
         """Trains to the last step and returns the state.
@@ -128,8 +129,10 @@ class Loop:
             batch = next(self._data)
             names = {name: batch[name] for name in ("episode", "step") if name in batch}
             placed = self._place({name: value for name, value in batch.items() if name not in names})
-        with self._watch.phase("step"):
+        with self._watch.phase("step" if self._compiled else "compile"):
             self.state, metrics = self._step_fn(self.state, placed)
+        self._compiled = True
+        with self._watch.phase("step"):
             self.step += 1
             previous, self._pending = self._pending, (self.step, batch, metrics)
             if previous is not None:
@@ -175,7 +178,7 @@ class Loop:
         values |= {f"time/{name}": share for name, share in shares.items()}
         values["samples_per_second"] = self.config.samples / per_step
         self._writer.write("train", self.step, values)
-        split = " ".join(f"{name} {shares.get(name, 0.0):.0%}" for name in ("data", "step", "eval", "save"))
+        split = " ".join(f"{name} {share:.0%}" for name, share in shares.items())
         text = f"loss {values['loss']:.4f}  {split}  left {tqdm.format_interval(self._seconds_left(per_step))}"
         bar.set_postfix_str(text)
         if bar.disable:  # not a terminal: a line instead of a bar
