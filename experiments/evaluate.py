@@ -3,19 +3,26 @@
 python -m experiments.evaluate --workdir=runs/x [--config.eval.scenes=1000] [--compare=runs/y,runs/z] [--report=x.html]
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from vla_jax import config as configuration
+from vla_jax.analysis.likelihood import guidance_curve
+from vla_jax.data.contract import Contract
+from vla_jax.data.loader import make_loader
 from vla_jax.errors import UserError
 from vla_jax.evaluation.evaluate import EvalConfig, Evaluator, format_table
 from vla_jax.evaluation.records import load_run
 from vla_jax.evaluation.report import require_extra, write_report, write_stills
 from vla_jax.evaluation.results import Results, compare, save_results
+from vla_jax.models.policy import Policy
 from vla_jax.platform import setup_compilation_cache
 from vla_jax.training.checkpoints import load_actor, newest_step
+from vla_jax.training.train_config import TrainConfig
 
 ACTING = ("execute", "sampler_steps", "guidance", "ema")  # what makes another policy of the same weights
 
@@ -28,11 +35,14 @@ class EvaluateConfig:
         eval: see EvalConfig; what is left out is as in the first run's configuration.
         step: of the checkpoint; None is the newest.
         ema: averaged weights, where the run keeps them.
+        choose_guidance: the values of eval.guidance among which held-out demonstrations of the first run choose; empty:
+            it is not chosen.
     """
 
     eval: EvalConfig = EvalConfig()
     step: int | None = None
     ema: bool = True
+    choose_guidance: tuple[float, ...] = ()
 
 
 def main(argv: Sequence[str]) -> None:
@@ -62,6 +72,8 @@ def evaluate_runs(run_dirs: Sequence[Path], settings: Mapping[str, Any], report:
         policy, contract, trained = load_actor(run_dir, settings.get("step"), ema)
         if first is None:
             own = {**dataclasses.asdict(trained.eval), **settings.get("eval", {})}
+            if choices := settings.get("choose_guidance", ()):
+                own["guidance"] = _chosen_guidance(policy, contract, trained, choices)
             first = Evaluator(contract, configuration.resolve(EvalConfig, own, "eval"))
         evaluator = first.reading(contract, str(run_dir))
         step = settings.get("step") or newest_step(run_dir)
@@ -77,6 +89,16 @@ def evaluate_runs(run_dirs: Sequence[Path], settings: Mapping[str, Any], report:
     stills = write_stills(path.with_suffix(".png"), runs, clips)
     print(f"report: {path}" + (f"   stills: {stills}" if stills else ""))
     return path
+
+
+def _chosen_guidance(policy: Policy, contract: Contract, trained: TrainConfig, weights: Sequence[float]) -> float:
+    """The weight under which the demonstrations that the run validates with are most likely; prints all of them."""
+    data = dataclasses.replace(trained.data, split="held_out", workers=0)
+    with contextlib.closing(make_loader(data, contract, views=trained.policy.views)) as loader:
+        best, curve = guidance_curve(policy, list(islice(loader, trained.validation_batches)), weights)
+    listed = "   ".join(f"w = {weight:g}: {nats:.2f}" for weight, nats in zip(weights, curve, strict=True))
+    print(f"held-out demonstrations, nats a chunk: {listed}\nguidance: {best:g}\n", flush=True)
+    return best
 
 
 def _changes(own: EvalConfig, used: EvalConfig, ema: bool) -> dict[str, str]:

@@ -1,11 +1,13 @@
 """From demonstrations to the notebooks: a tiny run is collected, trained, judged, reported and looked at."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import nbformat
@@ -14,6 +16,7 @@ import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+from experiments import evaluate
 from experiments.compare import CompareConfig, run
 from experiments.evaluate import main
 from experiments.steer import SteerRunConfig, WriterConfig
@@ -25,7 +28,7 @@ from vla_jax.analysis.plots import plot_branches, plot_imagined
 from vla_jax.analysis.runs import compare_runs, load_run, sibling_runs, success_table
 from vla_jax.config import to_json
 from vla_jax.data.contract import Contract
-from vla_jax.data.loader import DataConfig
+from vla_jax.data.loader import DataConfig, make_loader
 from vla_jax.data.rlds import dataset_path
 from vla_jax.envs.camera import project
 from vla_jax.envs.collect import CollectConfig
@@ -187,6 +190,28 @@ def test_settings_change_one_evaluation(runs, tmp_path, capsys):
     assert (run_dir / "evaluation" / name).is_file() and load_run(run_dir).last == before
     assert "full guidance=2.0<small>step 4<" in (tmp_path / "page.html").read_text()
     assert f"report: {tmp_path}/page.html" in capsys.readouterr().out
+
+
+def test_held_out_demonstrations_choose_the_guidance(runs, tmp_path, capsys, monkeypatch):
+    run_dir, asked = shutil.copytree(runs[1], tmp_path / "run"), []
+
+    def curve(policy, batches, weights):
+        asked.append((batches, weights))
+        return weights[1], np.array([1.0, 3.0, 2.0])
+
+    monkeypatch.setattr(evaluate, "guidance_curve", curve)
+    command = [f"--workdir={run_dir}", "--config.choose_guidance=(0.5,2,3)", "--config.eval.splits=('swapped',)"]
+    evaluate.main([*command, f"--config={ROOT}/configs/evaluate.py", "--config.eval.videos=0"])
+    ((batches, weights),) = asked
+    assert weights == (0.5, 2.0, 3.0) and len(batches) == TrainConfig().validation_batches
+    _, contract, trained = load_policy(run_dir)
+    with contextlib.closing(make_loader(trained.data, contract)) as loader:
+        learned = {int(number) for batch in islice(loader, 20) for number in batch["episode"]}
+    assert learned.isdisjoint(int(number) for batch in batches for number in batch["episode"])
+    out = capsys.readouterr().out
+    assert "w = 0.5: 1.00   w = 2: 3.00   w = 3: 2.00" in out and "guidance: 2\n" in out
+    (row,) = json.loads((run_dir / "results.json").read_text())["rows"]
+    assert row["arm"] == "full guidance=2.0"
 
 
 def test_runs_are_compared_in_pairs(runs):

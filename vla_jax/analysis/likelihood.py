@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from tqdm import tqdm
 
 from vla_jax.evaluation.listening import acting_field
 from vla_jax.flow.density import log_density
@@ -61,7 +62,8 @@ def guidance_curve(
 
     names = ("images", "state", "tokens", "token_mask", "actions", "action_mask")
     batches = [{name: batch[name] for name in names} for batch in batches]
-    curve = np.array([np.mean([mean(state, batch, jnp.float32(w)) for batch in batches]) for w in weights])
+    bar = tqdm(weights, desc="likelihood", unit="weight")
+    curve = np.array([np.mean([mean(state, batch, jnp.float32(weight)) for batch in batches]) for weight in bar])
     return float(weights[int(curve.argmax())]), curve
 
 
