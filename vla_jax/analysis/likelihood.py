@@ -62,8 +62,9 @@ def guidance_curve(
 
     names = ("images", "state", "tokens", "token_mask", "actions", "action_mask")
     batches = [{name: batch[name] for name in names} for batch in batches]
-    bar = tqdm(weights, desc="likelihood", unit="weight")
-    curve = np.array([np.mean([mean(state, batch, jnp.float32(weight)) for batch in batches]) for weight in bar])
+    pairs = tqdm([(weight, batch) for weight in weights for batch in batches], desc="likelihood", unit="batch")
+    nats = np.array([mean(state, batch, jnp.float32(weight)) for weight, batch in pairs])
+    curve = nats.reshape(len(weights), len(batches)).mean(axis=1)
     return float(weights[int(curve.argmax())]), curve
 
 
