@@ -10,8 +10,8 @@ smaller one in the same directory, and a command that is started twice there sha
 settings are refused. Layout:
 
     data/<coupling>-rho<rho>/   demonstrations
-    grounding/<coupling>/       the language model that every training of a coupling starts from
-    balance/<coupling>-rho<rho>/  the weights of demonstrations for arms with data.balance
+    grounding/<coupling>-<number>/  the language model that trainings of a coupling start from
+    balance/<coupling>-rho<rho>-<number>/  the weights of demonstrations for arms with data.balance, from that model
     runs/<cell>/                one training (see experiments.train); with rho1 in its name where the data are unbiased
     results/<cell>.json         the outcome of every scene, and the measures of listening: small, to be kept
     logs/<cell>.log             what a worker printed
@@ -62,8 +62,10 @@ class StudyConfig:
         reference: the arm that the others are compared with; empty takes the first by name.
         unbiased: names of arms that learn from as many demonstrations with rho = 1, and are judged like the others:
             what could be had from data without a shortcut.
-        grounding: a training on questions alone, once for each coupling, from whose language model every arm starts
-            that is not named in `scratch` and names no other one by `init_from`; None: all start from scratch.
+        grounding: a training on questions alone, for each coupling, from whose language model every arm starts that is
+            not named in `scratch` and names no other one by `init_from`; None: all start from scratch.
+        groundings: how many of them, each with seeds of its own, one above those of the last; the training with seed s
+            starts from number s modulo groundings. With 1, intervals over seeds do not know what another would give.
         scratch: names of arms that start from nothing.
         balance: the training of experiments.balance, for arms with data.balance that name no data.weights.
         couplings, rhos: of the demonstrations and of the test scenes.
@@ -77,6 +79,7 @@ class StudyConfig:
     reference: str = ""
     unbiased: tuple[str, ...] = ()
     grounding: TrainConfig | None = None
+    groundings: int = 1
     scratch: tuple[str, ...] = ()
     balance: TrainConfig | None = None
     couplings: tuple[str, ...] = ("uniqueness",)
@@ -93,6 +96,8 @@ class StudyConfig:
                 raise UserError(f"{field} names {unknown[0]!r}, which is none of the arms {', '.join(self.arms)}")
         if self.seeds < 1 or not self.couplings or not self.rhos:
             raise UserError("a study needs at least one seed, one coupling and one rho")
+        if self.groundings < 1:
+            raise UserError(f"groundings is {self.groundings}: it must be positive")
         if self.workers < 0:
             raise UserError(f"workers is {self.workers}: it must not be negative")
         for coupling in self.couplings:
@@ -215,11 +220,10 @@ def _run_claimed(config: StudyConfig, cell: Cell, workdir: Path) -> None:
     arm = _arm(config, cell)
     start = arm.init_from
     if not start and cell.arm not in config.scratch:
-        start = _ground(config, cell.coupling, dataset, workdir)
+        start = _ground(config, cell, dataset, workdir)
     data = dataclasses.replace(arm.data, directory=str(dataset))
     if data.balance and not data.weights:
-        name = _data_name(cell.coupling, _rho(config, cell))
-        data = dataclasses.replace(data, weights=str(_balance(config, name, dataset, start, workdir)))
+        data = dataclasses.replace(data, weights=str(_balance(config, cell, dataset, start, workdir)))
     run_dir = _run_dir(config, cell, workdir)
     with claim(_claim(workdir, f"training-{run_dir.name}"), wait=True):
         train_once(dataclasses.replace(arm, data=data, init_from=start), run_dir)
@@ -285,25 +289,35 @@ def _check_results(config: StudyConfig, workdir: Path, cells: Sequence[Cell]) ->
             check_settings(run_dir, on_pretrained(arm, contract)[0])
 
 
-def _ground(config: StudyConfig, coupling: str, dataset: Path, workdir: Path) -> str:
-    """The run from which the arms of a coupling start, trained where it is not there yet; "" if there is to be none."""
+def _number(config: StudyConfig, cell: Cell) -> int:
+    """Of the grounding that a cell starts from."""
+    return cell.seed % config.groundings
+
+
+def _ground(config: StudyConfig, cell: Cell, dataset: Path, workdir: Path) -> str:
+    """The run that a cell starts from, trained where it is not there yet; "" if there is to be none."""
     if config.grounding is None:
         return ""
-    run_dir = workdir / "grounding" / coupling
-    with claim(_claim(workdir, f"grounding-{coupling}"), wait=True):
+    number = _number(config, cell)
+    name = f"{cell.coupling}-{number}"
+    run_dir = workdir / "grounding" / name
+    with claim(_claim(workdir, f"grounding-{name}"), wait=True):
         if has_begun(run_dir):  # with the demonstrations of the cell that came first, and so it goes on
             check_steps(run_dir, config.grounding)
             rho = Contract.load(run_dir / "contract.json").facts["rho"]
-            dataset = _demonstrations(config, coupling, rho, workdir)
+            dataset = _demonstrations(config, cell.coupling, rho, workdir)
         # The data give its words and the look of its scenes alone, which are the same for every rho.
-        data = dataclasses.replace(config.grounding.data, directory=str(dataset))
-        return str(train_once(dataclasses.replace(config.grounding, data=data), run_dir))
+        data = config.grounding.data
+        data = dataclasses.replace(data, directory=str(dataset), seed=data.seed + number)
+        training = dataclasses.replace(config.grounding, data=data, seed=config.grounding.seed + number)
+        return str(train_once(training, run_dir))
 
 
-def _balance(config: StudyConfig, name: str, dataset: Path, start: str, workdir: Path) -> Path:
-    """The weights of some demonstrations, computed where they are not there yet."""
+def _balance(config: StudyConfig, cell: Cell, dataset: Path, start: str, workdir: Path) -> Path:
+    """The weights of a cell's demonstrations, computed where they are not there yet."""
     if config.balance is None:
         raise UserError("an arm has data.balance and no data.weights: give the study a `balance` training")
+    name = f"{_data_name(cell.coupling, _rho(config, cell))}-{_number(config, cell)}"
     data = dataclasses.replace(config.balance.data, directory=str(dataset))
     with claim(_claim(workdir, f"balance-{name}"), wait=True):
         return balance_once(dataclasses.replace(config.balance, data=data, init_from=start), workdir / "balance" / name)

@@ -121,7 +121,9 @@ def test_a_misspelt_cell_gets_a_suggestion(tmp_path):
         study.main([config, f"--workdir={tmp_path}", "--cell=uniqueness-rho0.1-basline-seed0"])
 
 
-@pytest.mark.parametrize("wrong", [{"arms": {}}, {"workers": -1}, {"unbiased": ("none",)}, {"rhos": (2.0,)}])
+@pytest.mark.parametrize(
+    "wrong", [{"arms": {}}, {"workers": -1}, {"groundings": 0}, {"unbiased": ("none",)}, {"rhos": (2.0,)}]
+)
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(UserError):
         StudyConfig(**{"arms": CONFIG.arms, **wrong})

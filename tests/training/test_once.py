@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -172,19 +173,36 @@ def test_a_cell_is_kept_for_its_own_settings_alone(table, tmp_path, monkeypatch)
 
 def test_stage_0_goes_on_with_the_demonstrations_that_it_began_with(short, copy, tmp_path, monkeypatch):
     config = StudyConfig(COLLECT, {"a": short}, grounding=short, rhos=(0.5, 0.1))
-    run_dir = shutil.copytree(copy, tmp_path / "grounding" / "uniqueness")
+    cell = config.cells()[0]
+    run_dir = shutil.copytree(copy, tmp_path / "grounding" / "uniqueness-0")
     contract = Contract.load(run_dir / "contract.json")
     dataclasses.replace(contract, facts={"rho": 0.1}).save(run_dir / "contract.json")
     trained = []
     monkeypatch.setattr(study, "train_once", lambda config, run_dir: trained.append(config.data.directory) or run_dir)
     monkeypatch.setattr(study, "collect_once", lambda config, directory: directory / f"rho {config.bias.rho}")
     first = tmp_path / "data" / "uniqueness-rho0.1" / "rho 0.1"
-    assert study._ground(config, "uniqueness", tmp_path / "another", tmp_path) == str(run_dir)
+    assert study._ground(config, cell, tmp_path / "another", tmp_path) == str(run_dir)
     assert trained == [str(first)]
     shutil.rmtree(run_dir)
-    study._ground(config, "uniqueness", tmp_path / "another", tmp_path)
+    study._ground(config, cell, tmp_path / "another", tmp_path)
     assert trained[1:] == [str(tmp_path / "another")]
     shutil.copytree(copy, run_dir)
     longer = dataclasses.replace(config, grounding=dataclasses.replace(short, steps=4))
     with pytest.raises(UserError, match="steps was 3, is 4"):
-        study._ground(longer, "uniqueness", tmp_path / "another", tmp_path)
+        study._ground(longer, cell, tmp_path / "another", tmp_path)
+
+
+def test_seeds_start_from_groundings_of_their_own(short, tmp_path, monkeypatch):
+    grounding = dataclasses.replace(short, seed=5, data=dataclasses.replace(short.data, seed=7))
+    config = StudyConfig(COLLECT, {"a": short}, grounding=grounding, groundings=2, balance=short, seeds=3)
+    trained, balanced = [], []
+    monkeypatch.setattr(study, "train_once", lambda config, run_dir: trained.append((config, run_dir.name)) or run_dir)
+    monkeypatch.setattr(study, "balance_once", lambda config, place: balanced.append((config, place.name)) or place)
+    for cell in config.cells():
+        start = study._ground(config, cell, tmp_path / "data", tmp_path)
+        study._balance(config, cell, tmp_path / "data", start, tmp_path)
+    numbers = [0, 1, 0]
+    assert [name for _, name in trained] == [f"uniqueness-{number}" for number in numbers]
+    assert [(run.seed, run.data.seed) for run, _ in trained] == [(5 + number, 7 + number) for number in numbers]
+    assert [name for _, name in balanced] == [f"uniqueness-rho0.1-{number}" for number in numbers]
+    assert [Path(run.init_from).name for run, _ in balanced] == [f"uniqueness-{number}" for number in numbers]
