@@ -26,7 +26,7 @@ quickstart: install
 	$(RUN) -m experiments.compare --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: install
-	$(RUN) -m pytest -n auto --maxprocesses=4 --dist=loadfile
+	$(RUN) -m pytest -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 test-slow: install
 	$(RUN) -m pytest -m slow

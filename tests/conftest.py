@@ -14,9 +14,13 @@ os.environ["XLA_FLAGS"] = " ".join(
     ("--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false", os.environ.get("XLA_FLAGS", ""))
 )
 
-
 # Several workers may share a GPU: none takes all of its memory at once.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest file first: a worker takes one file after another, and would be alone with this one at the end."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
 
 
 @pytest.fixture(scope="session", autouse=True)
