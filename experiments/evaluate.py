@@ -75,6 +75,7 @@ def evaluate_runs(run_dirs: Sequence[Path], settings: Mapping[str, Any], report:
             if choices := settings.get("choose_guidance", ()):
                 own["guidance"] = _chosen_guidance(policy, contract, trained, choices)
             first = Evaluator(contract, configuration.resolve(EvalConfig, own, "eval"))
+        trained.check_guidance(first.config.guidance)
         evaluator = first.reading(contract, str(run_dir))
         step = settings.get("step") or newest_step(run_dir)
         changes = _changes(trained.eval, evaluator.config, ema)
@@ -93,6 +94,7 @@ def evaluate_runs(run_dirs: Sequence[Path], settings: Mapping[str, Any], report:
 
 def _chosen_guidance(policy: Policy, contract: Contract, trained: TrainConfig, weights: Sequence[float]) -> float:
     """The weight under which the demonstrations that the run validates with are most likely; prints all of them."""
+    trained.check_guidance(tuple(weights))
     data = dataclasses.replace(trained.data, split="held_out", workers=0)
     with contextlib.closing(make_loader(data, contract, views=trained.policy.views)) as loader:
         best, curve = guidance_curve(policy, list(islice(loader, trained.validation_batches)), weights)

@@ -141,7 +141,8 @@ def _of_policy(
                 results.append(kept)
                 continue
             if study is None:
-                policy, contract, _ = load_actor(path, step, config.ema)
+                policy, contract, trained = load_actor(path, step, config.ema)
+                trained.check_guidance(config.study.steer.extrapolate)
                 writers = config.writer.make(workdir / "replies")
                 source = _learned(helpers["noise"], path, step, config.study.steer) if "noise" in helpers else None
                 pointer = (

@@ -192,6 +192,13 @@ def test_settings_change_one_evaluation(runs, tmp_path, capsys):
     assert f"report: {tmp_path}/page.html" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("asked", ["eval.guidance=2.0", "choose_guidance=(0.5,2)"])
+def test_guidance_needs_a_prior_branch_that_learned(token_run, asked):
+    command = [f"--workdir={token_run}", f"--config={ROOT}/configs/evaluate.py", f"--config.{asked}"]
+    with pytest.raises(UserError, match="loss.prior_weight above 0 alone"):
+        evaluate.main(command)
+
+
 def test_held_out_demonstrations_choose_the_guidance(runs, tmp_path, capsys, monkeypatch):
     run_dir, asked = shutil.copytree(runs[1], tmp_path / "run"), []
 

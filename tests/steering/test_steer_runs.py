@@ -67,7 +67,7 @@ def steered(monkeypatch, tmp_path):
     (tmp_path / "dsrl" / "seed0").mkdir(parents=True)
     monkeypatch.setattr(steer, "SteerStudy", Study)
     monkeypatch.setattr(steer, "newest_step", lambda run: steps[Path(run).name])
-    trained = SimpleNamespace(questions=SimpleNamespace(batch_size=1))
+    trained = SimpleNamespace(questions=SimpleNamespace(batch_size=1), check_guidance=lambda guidance: None)
     contract = SimpleNamespace(facts={"task": "reach"})
     for name in ("load_policy", "load_actor"):
         monkeypatch.setattr(steer, name, lambda run, step, ema=True: (step, contract, trained))

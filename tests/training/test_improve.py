@@ -27,6 +27,7 @@ from vla_jax.training.checkpoints import Checkpoints
 from vla_jax.training.improve import ImproveConfig, Run, improve, load_improved
 from vla_jax.training.loop import Stopped
 from vla_jax.training.metrics import metric_lines
+from vla_jax.training.train_config import TrainConfig
 
 
 class Point(PointEnv):
@@ -71,7 +72,7 @@ def world(make_contract):  # noqa: F811
     policies["fast"] = policies["pushes"][0], dataclasses.replace(make_contract(), control_hz=20.0)
     policies["foreign"] = policies["pushes"][0], dataclasses.replace(make_contract(), facts={})
     patch.setattr("vla_jax.evaluation.evaluate.Tabletop", Point)
-    patch.setattr("vla_jax.training.improve.load_actor", lambda run_dir, step: (*policies[run_dir], None))
+    patch.setattr("vla_jax.training.improve.load_actor", lambda run_dir, step: (*policies[run_dir], TrainConfig()))
     patch.setattr("vla_jax.training.improve.newest_step", lambda run_dir: 7)
     yield policies
     patch.undo()

@@ -121,7 +121,8 @@ def improve(config: ImproveConfig, workdir: str | Path, resume: bool = False) ->
         # The policy may train on meanwhile; this run stays with what it began with. Earlier versions wrote no number.
         step = newest_step(config.policy) if begun.policy_step is None else begun.policy_step
         config = dataclasses.replace(config, policy_step=step)
-    policy, contract, _ = load_actor(config.policy, config.policy_step)
+    policy, contract, trained = load_actor(config.policy, config.policy_step)
+    trained.check_guidance(config.eval.guidance)
     world = _world(config, contract)
     _check_run_dir(run_dir, config, contract, resume)
     improvement = Improvement(config, policy, Evaluator(contract, config.eval, world))

@@ -82,6 +82,15 @@ class TrainConfig:
 
         if self.accumulate > 1 and self.loss.gate:
             raise UserError("loss.gate weighs samples by a mean over their batch: it needs accumulate = 1")
+        self.check_guidance(self.eval.guidance)
+
+    def check_guidance(self, guidance: float | tuple[float, ...] | None) -> None:
+        """Raises UserError where a policy so trained is asked for guidance from a branch that never learned to act."""
+        if guidance is not None and not self.loss.prior_weight:
+            raise UserError(
+                "guidance starts from the prior branch, which learns to act with loss.prior_weight above 0 alone "
+                f"(arm '{self.arm}' has 0): leave it out"
+            )
 
     @property
     def samples(self) -> int:
