@@ -120,6 +120,8 @@ def test_branches_are_read_only_when_needed(batch):
     assert LossConfig(prior_weight=0.3, llr_weight=0.0).branches == ("prior", "posterior")
     assert LossConfig(prior_weight=0.0, llr_weight=0.1).branches == ("prior", "posterior")
     assert LossConfig(prior_weight=0.0, llr_weight=0.0, contrastive_weight=0.1).branches == ("posterior", "negative")
+    with pytest.raises(UserError, match="needs loss.flow"):
+        LossConfig(flow=False, contrastive_weight=0.1)
 
 
 def test_the_all_token_baseline_has_no_prior(run, batch):

@@ -113,6 +113,24 @@ def test_attention_has_the_derivatives_of_its_formula():
         close(ours, theirs)
 
 
+def test_attention_in_bfloat16_has_the_derivatives_of_float32():
+    """Also where keys and values share a mean, as those of trained models do."""
+    q, k, v, weight = (normal(1, 16, 1, 64, seed=seed) for seed in range(4))
+    k, v = k + 4 * normal(64, seed=5), v + 3 * normal(64, seed=6)
+    # both meet the same rounded inputs
+    q, k, v, weight = (x.astype(jnp.bfloat16) for x in (q, k, v, weight))
+
+    def gradients(dtype):
+        def loss(*inputs):
+            return jnp.sum((attend(*inputs) * weight.astype(dtype)).astype(jnp.float32))
+
+        return jax.grad(loss, argnums=(0, 1, 2))(*(x.astype(dtype) for x in (q, k, v)))
+
+    for low, high in zip(gradients(jnp.bfloat16), gradients(jnp.float32), strict=True):
+        error = jnp.linalg.norm(low.astype(jnp.float32) - high) / jnp.linalg.norm(high)
+        assert error < 0.02, error
+
+
 def test_attention_normalises_in_float32():
     q, k = jnp.zeros((1, 1, 1, 2), jnp.bfloat16), jnp.zeros((1, 1000, 1, 2), jnp.bfloat16)
     v = jnp.ones((1, 1000, 1, 2), jnp.bfloat16)

@@ -76,6 +76,11 @@ def test_half_precision_keeps_its_bits(tmp_path, tied):
     before, after = find_tensors(tmp_path / "half"), find_tensors(tmp_path / "saved")
     for key in before:
         np.testing.assert_array_equal(before[key].read().view(np.uint16), after[key].read().view(np.uint16), key)
+    path = tmp_path / "half" / "config.json"  # the released file names the type beside the language model's sizes alone
+    written = json.loads(path.read_text())
+    released = {name: value for name, value in written.items() if name not in ("dtype", "torch_dtype")}
+    path.write_text(json.dumps({**released, "text_config": {**written["text_config"], "dtype": "bfloat16"}}))
+    assert vla_jax.load_vlm(tmp_path / "half").config.dtype == "bfloat16"
     wide = vla_jax.load_vlm(tmp_path / "half", dtype="float32")
     inputs = qwen_inputs([[5, 6, 7]])
     near, exact = loaded.logits(**inputs), wide.logits(**inputs)
@@ -142,10 +147,23 @@ def test_a_repeated_tied_head_is_no_mistake(qwen, tmp_path):
 def test_other_spellings_of_paligemmas_keys_are_known(paligemma, tmp_path):
     def older(tensors):
         for key in list(tensors):
-            if key.startswith("vision_tower."):
+            if key.startswith("vision_tower.") and not key.startswith("vision_tower.vision_model."):
                 tensors[key.replace("vision_tower.", "vision_tower.vision_model.", 1)] = tensors.pop(key)
 
-    same(weights(vla_jax.load_vlm(changed(paligemma.directory, tmp_path / "old", older))), weights(paligemma.ours))
+    def newer(tensors):
+        for key in list(tensors):
+            tensors[key.replace("vision_tower.vision_model.", "vision_tower.", 1)] = tensors.pop(key)
+
+    for change in (older, newer):
+        changed_to = changed(paligemma.directory, tmp_path / change.__name__, change)
+        same(weights(vla_jax.load_vlm(changed_to)), weights(paligemma.ours))
+
+
+def test_paligemma_is_saved_with_the_released_keys(paligemma, tmp_path):
+    vla_jax.save_vlm(paligemma.ours, tmp_path / "saved")
+    keys = find_tensors(tmp_path / "saved")
+    assert "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight" in keys
+    assert "language_model.model.embed_tokens.weight" in keys
 
 
 def test_wrong_directories_are_named(qwen, tmp_path):

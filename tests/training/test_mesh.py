@@ -123,7 +123,8 @@ class Chip:
     id: int
     slice_index: int
     coords: tuple[int, int, int]
-    platform, device_kind, core_on_chip, process_index, client = "tpu", "TPU v5 lite", 0, 0, None
+    process_index: int = 0
+    platform, device_kind, core_on_chip, client = "tpu", "TPU v5 lite", 0, None
 
 
 def test_slices_of_a_tpu_divide_the_data_axis():
@@ -133,6 +134,14 @@ def test_slices_of_a_tpu_divide_the_data_axis():
         assert [{chip.slice_index for chip in half.flat} for half in (first, second)] == [{0}, {1}]
     with pytest.raises(UserError, match="mesh.data = 1 cannot be divided among 2 slices: make it a multiple of 2"):
         make_mesh(MeshConfig(1, 4, 2), chips)
+
+
+def test_samples_are_not_shared_between_hosts():
+    """A host of a v5e has 2 x 2 chips, and four in a row are chips of two hosts: each would read other samples."""
+    chips = [Chip(4 * y + x, 0, (x, y, 0), 2 * (y // 2) + x // 2) for y in range(4) for x in range(4)]
+    assert make_mesh(MeshConfig(1, 8, 2), chips).shape["tensor"] == 2
+    with pytest.raises(UserError, match="mesh.tensor = 4 reaches over several processes .*mesh.fsdp larger"):
+        make_mesh(MeshConfig(1, 4, 4), chips)
 
 
 def test_a_batch_must_be_divisible():

@@ -8,7 +8,8 @@ words alone make the difference. A policy that does not read them is at log 2.
 This is InfoNCE with one negative (arXiv 1807.03748): whatever the score, valid_fraction x (log 2 - value) is in
 expectation a lower bound of I(l; a, v). The score e(l') - e(l) is log pi(a | v, l) - log pi(a | v, l') up to a weight:
 times t / (1 - t), summed over dimensions and integrated over t, it would be that difference (pointwise I-MMSE, arXiv
-2302.03792; see `losses.pmi`). Here the density of the training times is the weight, and tau the scale.
+2302.03792; see `flow.density.relative_log_likelihood`). Here the density of the training times is the weight, and tau
+the scale.
 
 The negatives come from p(l), as the data do not show p(l | v). So the bound is on I(l; a, v) = I(l; v) + I(l; a | v):
 a policy also lowers the term by noticing that l' does not fit the scene, without knowing what to do about it.

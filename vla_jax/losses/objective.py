@@ -79,6 +79,8 @@ class LossConfig:
             raise UserError("loss.noise_draws must be at least 1 and loss.hard_tokens at least 0")
         if self.reader_weight and not self.language_weight:
             raise UserError("loss.reader_weight needs loss.language_weight: log p(l | v) has to be learned as well")
+        if self.contrastive_weight and not self.flow:
+            raise UserError("loss.contrastive_weight compares errors of the flow: it needs loss.flow")
         if not self.demonstrations and not self.question_weight:
             raise UserError("loss.demonstrations is off and loss.question_weight is 0: there is nothing to learn")
         if self.pmi_weight and not self.reader_weight:

@@ -172,7 +172,7 @@ class Policy(Words):
             parts[f"image/{view}"] = image[:, where]
         if self.queries is not None:
             parts["query"] = jnp.broadcast_to(self.queries[...].astype(image.dtype), (len(tokens), *self.queries.shape))
-        # Padding's word is never read, so it can stand for the start.
+        # The likelihood of a first word is asked for at padding's word, which stands for the start.
         parts["start"] = self.embed_words(jnp.full((len(tokens), 1), PAD_ID)).astype(image.dtype)
         if chunk is not None:
             parts["action"] = self.reader(*chunk).astype(image.dtype)

@@ -30,7 +30,7 @@ class Words(nnx.Module):
         return self.words[...][tokens].astype(self.dtype) * jnp.asarray(self.word_scale, self.dtype)
 
     def word_logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Next-token logits, float32."""
+        """Next-token logits, computed in the type of `hidden` and returned as float32."""
         if self.head is not None:
             return self.head(hidden).astype(jnp.float32)
         flat = hidden.reshape(-1, hidden.shape[-1])

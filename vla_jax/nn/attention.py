@@ -69,13 +69,18 @@ def _attend(query, key, value, mask) -> Float[Array, "B K N T H"]:
 @_attend.defjvp
 def _attend_jvp(primals, tangents):
     """The derivative with sum_s P dS taken where a query has H numbers, not S (FlashAttention, arXiv 2205.14135,
-    appendix B.2), and without the mask, since P is zero there: transposed, one pass over T x S numbers, not four."""
+    appendix B.2), and without the mask, since P is zero there: transposed, one pass over T x S numbers, not four.
+
+    In float32 alone: rounded to fewer digits, what is taken off would not match what is there, and where keys share a
+    mean, as those of trained models do, their queries' gradients would mostly be that error."""
     (query, key, value, mask), (query_dot, key_dot, value_dot, _) = primals, tangents
     weights = _weights(query, key, mask)
     seen = _mix(weights, value)
     change = weights * (_scores(query_dot, key) + _scores(query, key_dot))
-    total = jnp.sum(change, -1, keepdims=True).astype(seen.dtype)
-    return seen, _mix(weights, value_dot) + _mix(change, value) - total * seen
+    total = jnp.sum(change, -1, keepdims=True)
+    if value.dtype == jnp.float32:
+        return seen, _mix(weights, value_dot) + _mix(change, value) - total * seen
+    return seen, _mix(weights, value_dot) + _mix(change - weights * total, value)
 
 
 class Block(NamedTuple):

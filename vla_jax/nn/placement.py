@@ -13,7 +13,8 @@ from __future__ import annotations
 import re
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -85,3 +86,10 @@ def split_samples(x: jax.Array) -> jax.Array:
         return x
     spec = PartitionSpec(MESH_AXES["batch"], *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def put(array: np.ndarray | jax.Array, place: Sharding) -> jax.Array:
+    """An array that every process has, on the devices of all: each takes its own parts from its own copy, where
+    `jax.device_put` first compares all copies, on every device."""
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, place, lambda index: host[index])

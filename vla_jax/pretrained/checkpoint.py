@@ -24,7 +24,7 @@ from jaxtyping import Array
 from vla_jax.errors import UserError
 from vla_jax.models.vlm import VLM
 from vla_jax.nn.flat import FlatArrays, flatten, unflatten
-from vla_jax.nn.placement import partition
+from vla_jax.nn.placement import partition, put
 from vla_jax.pretrained.configs import from_json, read_json, to_json
 from vla_jax.pretrained.safetensors import Pending, Tensor, read_header, write_file
 from vla_jax.pretrained.tables import FAMILIES, Row, to_ours, to_theirs
@@ -175,7 +175,7 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh | None) -> PartitionSpec
 
 
 def _sharding(spec: PartitionSpec, mesh: Mesh | None) -> Sharding:
-    return SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, spec)
+    return SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else NamedSharding(mesh, spec)
 
 
 def _place_tensor(tensor: Tensor, row: Row, specs: Mapping[str, PartitionSpec], mesh: Mesh | None) -> Array:
@@ -185,7 +185,7 @@ def _place_tensor(tensor: Tensor, row: Row, specs: Mapping[str, PartitionSpec], 
     if mesh is not None and len(row.paths) == 1 and not row.inputs:
         own = tuple(specs[row.paths[0]])[1 if row.stacked else 0 :]
         spec = own if row.form == "same" else own[::-1]
-    return jax.device_put(tensor.read(), _sharding(PartitionSpec(*spec), mesh))
+    return put(tensor.read(), _sharding(PartitionSpec(*spec), mesh))
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any, place: Sharding) -> Array:

@@ -37,7 +37,10 @@ def from_json(source: Mapping[str, Any], dtype: str | None = None, scan: bool = 
     kind = source.get("model_type")
     if kind not in READERS:
         raise UserError(f"the checkpoint's model_type is {kind!r}; supported are {listing(list(READERS))}")
-    dtype = dtype or source.get("dtype") or source.get("torch_dtype") or "float32"
+    # Released Qwen3-VL names its type beside the sizes of the language model alone.
+    groups = (source, source.get("text_config") or {})
+    named = (group.get(name) for group in groups for name in ("dtype", "torch_dtype"))
+    dtype = dtype or next(filter(None, named), "float32")
     return READERS[kind](_Fields(source), dtype, scan)
 
 
@@ -133,6 +136,7 @@ def _trunk(text: _Fields, theta: float, scan: bool, head_width: int | None = Non
 
 def _read_paligemma(source: _Fields, dtype: str, scan: bool) -> PaliGemmaConfig:
     text, vision = source.group("text_config"), source.group("vision_config")
+    source.expect(tie_word_embeddings=True)
     text.expect(model_type="gemma", hidden_act=GELU, attention_bias=False, final_logit_softcapping=None)
     text.expect(hidden_activation=GELU, use_bidirectional_attention=True)
     vision.expect(model_type="siglip_vision_model", hidden_act=GELU, num_channels=3, vision_use_head=False)
@@ -152,7 +156,7 @@ def _read_paligemma(source: _Fields, dtype: str, scan: bool) -> PaliGemmaConfig:
         tower,
         _trunk(text, theta, scan, head_width=256, activation="gelu", norm_offset=1.0, qk_norm=False),
         vocabulary=text.get("vocab_size"),
-        tied=bool(source.get("tie_word_embeddings", True)),
+        tied=True,
         image_size=vision.get("image_size", 224),
         image_token=source.get("image_token_index", source.values.get("image_token_id")),
         dtype=dtype,

@@ -113,15 +113,16 @@ def qwen3_vl(config: Qwen3VLConfig) -> list[Row]:
 
 def paligemma(config: PaliGemmaConfig) -> list[Row]:
     """PaliGemma: SigLIP and Gemma."""
-    layer, ours = "vision_tower.encoder.layers.{}", "vision/blocks/layers"
+    tower = "vision_tower.vision_model"
+    layer, ours = f"{tower}.encoder.layers.{{}}", "vision/blocks/layers"
     patch = (3, config.vision.patch, config.vision.patch)
-    rows = _weights("vision_tower.embeddings.patch_embedding", "vision/patch", form="pixels", inputs=patch)
-    rows.append(Row("vision_tower.embeddings.position_embedding.weight", ("vision/position",)))
+    rows = _weights(f"{tower}.embeddings.patch_embedding", "vision/patch", form="pixels", inputs=patch)
+    rows.append(Row(f"{tower}.embeddings.position_embedding.weight", ("vision/position",)))
     rows += _norm(f"{layer}.layer_norm1", f"{ours}/attention_norm") + _norm(f"{layer}.layer_norm2", f"{ours}/mlp_norm")
     for key, name in {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "output"}.items():
         rows += _weights(f"{layer}.self_attn.{key}", f"{ours}/attention/{name}")
     rows += _weights(f"{layer}.mlp.fc1", f"{ours}/mlp/up") + _weights(f"{layer}.mlp.fc2", f"{ours}/mlp/down")
-    rows += _norm("vision_tower.post_layernorm", "vision/norm")
+    rows += _norm(f"{tower}.post_layernorm", "vision/norm")
     rows += _weights("multi_modal_projector.linear", "vision/project")
     return rows + _decoder("language_model.model", qk_norm=False)
 
@@ -149,7 +150,7 @@ FAMILIES = {
         (
             (r"^model\.language_model\.", "language_model.model."),
             (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
-            (r"^vision_tower\.vision_model\.", "vision_tower."),
+            (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
             (r"^language_model\.lm_head\.", "lm_head."),
         ),
     ),

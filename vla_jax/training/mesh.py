@@ -70,7 +70,18 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: list[Any] | None = Non
         grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
     else:
         grid = mesh_utils.create_device_mesh((data, fsdp, tensor), devices, allow_split_physical_axes=True)
+    _check_samples_stay_in_a_process(grid)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _check_samples_stay_in_a_process(grid: np.ndarray) -> None:
+    """Raises UserError if devices that share samples belong to several processes, which read different ones."""
+    for group in grid.reshape(-1, grid.shape[-1]):
+        if len({device.process_index for device in group}) > 1:
+            raise UserError(
+                f"mesh.tensor = {len(group)} reaches over several processes (hosts): make it smaller, and mesh.fsdp "
+                "larger instead"
+            )
 
 
 def state_shardings(state: TrainState, mesh: Mesh | AbstractMesh) -> TrainState:
@@ -105,7 +116,7 @@ def global_rows(local: int) -> np.ndarray:
 
 def check_batch_size(name: str, size: int, mesh: Mesh, parts: int = 1) -> None:
     """Raises UserError if a global batch cannot be split evenly: over `parts` that follow one another, then over the
-    devices, then over the processes."""
+    devices."""
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     if size % (parts * shares):
         by = f" in {parts} parts" if parts > 1 else ""
@@ -113,14 +124,6 @@ def check_batch_size(name: str, size: int, mesh: Mesh, parts: int = 1) -> None:
             f"{name} {size} cannot be divided among {shares} devices (mesh.data x mesh.fsdp){by}: make it a multiple "
             f"of {parts * shares}, or give mesh.tensor more devices"
         )
-    if jax.process_count() > 1 and shares % jax.process_count():
-        raise UserError(f"mesh.tensor = {mesh.shape['tensor']} reaches over several processes: make it smaller")
-
-
-def put(array: jax.Array, place: NamedSharding) -> jax.Array:
-    """An array that every process has, on the devices of all."""
-    host = np.asarray(array)
-    return jax.make_array_from_callback(host.shape, place, lambda index: host[index])
 
 
 def local_weights(tree: Tree) -> Tree:

@@ -29,11 +29,12 @@ from vla_jax.evaluation.evaluate import Evaluator, World, format_table
 from vla_jax.evaluation.results import save_results
 from vla_jax.files import write_atomically
 from vla_jax.models.policy import LANGUAGE_MODEL
+from vla_jax.nn.placement import put
 from vla_jax.platform import is_first, wait_for_all
 from vla_jax.pretrained.backbone import load_backbone, policy_on, tokenizer_of
 from vla_jax.training.checkpoints import Checkpoints, contract_id, has_begun, load_config, load_policy, policy_facts
 from vla_jax.training.loop import Loop, first, mean_losses
-from vla_jax.training.mesh import describe, global_rows, local_weights, make_mesh, place_batch, put
+from vla_jax.training.mesh import describe, global_rows, local_weights, make_mesh, place_batch
 from vla_jax.training.metrics import MetricsWriter, SilentWriter, disk_space
 from vla_jax.training.program import Program, make_program
 from vla_jax.training.state import FlatArrays, TrainState, flatten, trained_module
