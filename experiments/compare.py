@@ -27,7 +27,7 @@ from vla_jax.data.rlds import dataset_path
 from vla_jax.envs.collect import CollectConfig, collect
 from vla_jax.errors import UserError
 from vla_jax.evaluation.report import require_extra
-from vla_jax.evaluation.results import compare, load_results
+from vla_jax.evaluation.results import Results, compare
 from vla_jax.files import write_atomically
 from vla_jax.platform import setup_compilation_cache
 from vla_jax.training.checkpoints import Checkpoints, load_config
@@ -55,6 +55,8 @@ class CompareConfig:
             raise UserError("arms is empty: name at least one training")
         if self.reference and self.reference not in self.arms:
             raise UserError(f"reference names {self.reference!r}, which is none of the arms {', '.join(self.arms)}")
+        for arm in self.arms.values():
+            arm.check_guidance(self.arms[self.names()[0]].eval.guidance)
 
     def names(self) -> list[str]:
         """The arms, the reference first."""
@@ -82,8 +84,8 @@ def run(config: CompareConfig, workdir: Path) -> Path:
         arm = dataclasses.replace(arm, arm=name, data=dataclasses.replace(arm.data, directory=str(dataset)))
         run_dirs.append(train_once(arm, workdir / name))
     judged = config.arms[config.names()[0]].eval  # may have changed since the run was trained
-    report = evaluate_runs(run_dirs, {"eval": dataclasses.asdict(judged)}, workdir / "report.html")
-    _save_results(run_dirs, workdir)
+    found, report = evaluate_runs(run_dirs, {"eval": dataclasses.asdict(judged)}, workdir / "report.html")
+    _save_results(found, workdir)
     print(f"results: {workdir / 'results.json'}   ({(time.perf_counter() - began) / 60:.1f} min in all)")
     return report
 
@@ -149,8 +151,7 @@ def check_steps(run_dir: Path, config: TrainConfig) -> None:
         )
 
 
-def _save_results(run_dirs: Sequence[Path], workdir: Path) -> None:
-    results = [load_results(run_dir)[-1] for run_dir in run_dirs]
+def _save_results(results: Sequence[Results], workdir: Path) -> None:
     comparisons = [
         {"arm": other.arm, "against": results[0].arm, "split": split, **dataclasses.asdict(paired)}
         for other in results[1:]

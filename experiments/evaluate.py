@@ -21,7 +21,7 @@ from vla_jax.evaluation.report import require_extra, write_report, write_stills
 from vla_jax.evaluation.results import Results, compare, save_results
 from vla_jax.models.policy import Policy
 from vla_jax.platform import setup_compilation_cache
-from vla_jax.training.checkpoints import load_actor, newest_step
+from vla_jax.training.checkpoints import load_actor, load_config, newest_step
 from vla_jax.training.train_config import TrainConfig
 
 ACTING = ("execute", "sampler_steps", "guidance", "ema")  # what makes another policy of the same weights
@@ -58,8 +58,10 @@ def main(argv: Sequence[str]) -> None:
     evaluate_runs(run_dirs, arguments.config.to_dict(), arguments.flags["report"])
 
 
-def evaluate_runs(run_dirs: Sequence[Path], settings: Mapping[str, Any], report: str | Path | None = None) -> Path:
-    """Judges every run on the same scenes; returns the path of the report.
+def evaluate_runs(
+    run_dirs: Sequence[Path], settings: Mapping[str, Any], report: str | Path | None = None
+) -> tuple[list[Results], Path]:
+    """Judges every run on the same scenes; returns what was found, by run, and the path of the report.
 
     Args:
         run_dirs: --workdir of trainings; the first decides how the others are judged.
@@ -75,7 +77,8 @@ def evaluate_runs(run_dirs: Sequence[Path], settings: Mapping[str, Any], report:
             if choices := settings.get("choose_guidance", ()):
                 own["guidance"] = _chosen_guidance(policy, contract, trained, choices)
             first = Evaluator(contract, configuration.resolve(EvalConfig, own, "eval"))
-        trained.check_guidance(first.config.guidance)
+            for one in run_dirs:
+                load_config(one).check_guidance(first.config.guidance)
         evaluator = first.reading(contract, str(run_dir))
         step = settings.get("step") or newest_step(run_dir)
         changes = _changes(trained.eval, evaluator.config, ema)
@@ -89,7 +92,7 @@ def evaluate_runs(run_dirs: Sequence[Path], settings: Mapping[str, Any], report:
     path = write_report(report or run_dirs[0] / "report.html", runs, clips)
     stills = write_stills(path.with_suffix(".png"), runs, clips)
     print(f"report: {path}" + (f"   stills: {stills}" if stills else ""))
-    return path
+    return results, path
 
 
 def _chosen_guidance(policy: Policy, contract: Contract, trained: TrainConfig, weights: Sequence[float]) -> float:

@@ -64,8 +64,8 @@ class StudyConfig:
             what could be had from data without a shortcut.
         grounding: a training on questions alone, for each coupling, from whose language model every arm starts that is
             not named in `scratch` and names no other one by `init_from`; None: all start from scratch.
-        groundings: how many of them, each with seeds of its own, one above those of the last; the training with seed s
-            starts from number s modulo groundings. With 1, intervals over seeds do not know what another would give.
+        groundings: how many of them, with other weights and other questions each; the training with seed s starts from
+            number s modulo groundings. With 1, intervals over seeds do not know what another would give.
         scratch: names of arms that start from nothing.
         balance: the training of experiments.balance, for arms with data.balance that name no data.weights.
         couplings, rhos: of the demonstrations and of the test scenes.
@@ -218,9 +218,9 @@ def run_cell(config: StudyConfig, cell: Cell, workdir: Path) -> None:
 def _run_claimed(config: StudyConfig, cell: Cell, workdir: Path) -> None:
     dataset = _demonstrations(config, cell.coupling, _rho(config, cell), workdir)
     arm = _arm(config, cell)
-    start = arm.init_from
-    if not start and cell.arm not in config.scratch:
-        start = _ground(config, cell, dataset, workdir)
+    start = _start(config, cell, workdir)
+    if start and not arm.init_from:
+        _ground(config, cell, dataset, workdir)
     data = dataclasses.replace(arm.data, directory=str(dataset))
     if data.balance and not data.weights:
         data = dataclasses.replace(data, weights=str(_balance(config, cell, dataset, start, workdir)))
@@ -232,15 +232,14 @@ def _run_claimed(config: StudyConfig, cell: Cell, workdir: Path) -> None:
     results = Evaluator(contract, arm.eval, world)(policy, cell.arm, arm.steps)
     changes = "" if cell.rho == _rho(config, cell) else f"rho={cell.rho:g}"
     save_results(run_dir, results, changes)  # for who opens this run alone
-    measures = listening.measure(policy, contract, arm.eval)
+    measures = listening.measure(policy, contract, arm.eval, world)
     measures |= answer_accuracy(policy, contract, world)
     save_cell(workdir / "results", cell, results, provenance(contract), measures)
 
 
 def _arm(config: StudyConfig, cell: Cell) -> TrainConfig:
     """The training of a cell, but for the paths of its data, its weights and what it starts from."""
-    arm = config.arms[cell.arm]
-    return dataclasses.replace(arm, arm=cell.arm, seed=cell.seed, data=dataclasses.replace(arm.data, seed=cell.seed))
+    return _seeded(dataclasses.replace(config.arms[cell.arm], arm=cell.arm), cell.seed)
 
 
 def _rho(config: StudyConfig, cell: Cell) -> float:
@@ -283,9 +282,9 @@ def _check_results(config: StudyConfig, workdir: Path, cells: Sequence[Cell]) ->
         if has_begun(run_dir):  # results may be kept without the runs
             contract, trained = Contract.load(run_dir / "contract.json"), load_config(run_dir)
             check_demonstrations(_collection(config, cell.coupling, _rho(config, cell)), contract.facts, run_dir)
-            # Where it started and by what weights it drew, the study itself has named.
+            # By what weights it drew, the study itself has named.
             data = dataclasses.replace(arm.data, weights=arm.data.weights or trained.data.weights)
-            arm = dataclasses.replace(arm, data=data, init_from=arm.init_from or trained.init_from)
+            arm = dataclasses.replace(arm, data=data, init_from=_start(config, cell, workdir))
             check_settings(run_dir, on_pretrained(arm, contract)[0])
 
 
@@ -294,23 +293,31 @@ def _number(config: StudyConfig, cell: Cell) -> int:
     return cell.seed % config.groundings
 
 
-def _ground(config: StudyConfig, cell: Cell, dataset: Path, workdir: Path) -> str:
-    """The run that a cell starts from, trained where it is not there yet; "" if there is to be none."""
-    if config.grounding is None:
-        return ""
-    number = _number(config, cell)
-    name = f"{cell.coupling}-{number}"
-    run_dir = workdir / "grounding" / name
-    with claim(_claim(workdir, f"grounding-{name}"), wait=True):
+def _start(config: StudyConfig, cell: Cell, workdir: Path) -> str:
+    """The run that a cell starts from; "" if it starts from nothing."""
+    if config.arms[cell.arm].init_from or config.grounding is None or cell.arm in config.scratch:
+        return config.arms[cell.arm].init_from
+    return str(workdir / "grounding" / f"{cell.coupling}-{_number(config, cell)}")
+
+
+def _ground(config: StudyConfig, cell: Cell, dataset: Path, workdir: Path) -> None:
+    """Trains the grounding that a cell starts from, unless it is trained already."""
+    run_dir, number = Path(_start(config, cell, workdir)), _number(config, cell)
+    with claim(_claim(workdir, f"grounding-{run_dir.name}"), wait=True):
         if has_begun(run_dir):  # with the demonstrations of the cell that came first, and so it goes on
             check_steps(run_dir, config.grounding)
             rho = Contract.load(run_dir / "contract.json").facts["rho"]
             dataset = _demonstrations(config, cell.coupling, rho, workdir)
         # The data give its words and the look of its scenes alone, which are the same for every rho.
-        data = config.grounding.data
-        data = dataclasses.replace(data, directory=str(dataset), seed=data.seed + number)
-        training = dataclasses.replace(config.grounding, data=data, seed=config.grounding.seed + number)
-        return str(train_once(training, run_dir))
+        data = dataclasses.replace(config.grounding.data, directory=str(dataset))
+        train_once(_seeded(dataclasses.replace(config.grounding, data=data), number), run_dir)
+
+
+def _seeded(config: TrainConfig, number: int) -> TrainConfig:
+    """A training with other weights, other draws of demonstrations and other questions for each number."""
+    data = dataclasses.replace(config.data, seed=config.data.seed + number)
+    questions = dataclasses.replace(config.questions, seed=config.questions.seed + number)
+    return dataclasses.replace(config, seed=config.seed + number, data=data, questions=questions)
 
 
 def _balance(config: StudyConfig, cell: Cell, dataset: Path, start: str, workdir: Path) -> Path:

@@ -1,5 +1,6 @@
 """Every file in configs/ is complete: it resolves to the settings of the entry point that its text names."""
 
+import dataclasses
 import functools
 import importlib
 import re
@@ -22,6 +23,7 @@ from experiments.study import StudyConfig
 from vla_jax.config import resolve
 from vla_jax.envs.collect import CollectConfig
 from vla_jax.errors import UserError
+from vla_jax.evaluation.evaluate import EvalConfig
 from vla_jax.models.normalizer import DataFacts
 from vla_jax.models.policy import LANGUAGE_MODEL, Policy
 from vla_jax.steering.study import TARGET
@@ -47,6 +49,16 @@ ROOT = Path(__file__).parents[1]
 )
 def test_configs_resolve(name, schema):
     assert isinstance(resolve(schema, importlib.import_module(f"configs.{name}").get_config()), schema)
+
+
+def test_a_policy_acts_by_a_branch_that_learned_to():
+    for arm, wrong, message in (("vision", None, "posterior branch never"), ("queries", 2.0, "prior branch, which")):
+        config = resolve(TrainConfig, importlib.import_module("configs.train").get_config(arm))
+        config.check_guidance(config.eval.guidance)
+        with pytest.raises(UserError, match=message):
+            dataclasses.replace(config, eval=dataclasses.replace(config.eval, guidance=wrong))
+        with pytest.raises(UserError, match=message):
+            CompareConfig(arms={"first": TrainConfig(eval=EvalConfig(guidance=wrong)), arm: config}, reference="first")
 
 
 def test_the_composed_config_chains_transforms_before_the_steering():

@@ -18,7 +18,7 @@ from vla_jax.envs.sampling import SceneConfig
 from vla_jax.envs.splits import make_alternatives
 from vla_jax.errors import UserError
 from vla_jax.evaluation import listening
-from vla_jax.evaluation.evaluate import EvalConfig
+from vla_jax.evaluation.evaluate import EvalConfig, World
 from vla_jax.evaluation.listening import Candidates, ask, make_candidates, measure, summarize
 from vla_jax.models.expert import ExpertConfig
 from vla_jax.models.keypoints import KeypointConfig
@@ -260,6 +260,10 @@ def test_one_call_measures_a_policy(table):
     assert set(measures) == {name + end for name, end in itertools.product(names, ("", "_se"))}
     assert all(np.isfinite(value) for value in measures.values())
     assert measures["target_entropy"] == pytest.approx(closed_form_entropy(3, 0.1), rel=1e-4)
+    world = World.of(contract, CONFIG)  # as for a policy that learned from unbiased data and is judged on biased ones
+    world = dataclasses.replace(world, bias=dataclasses.replace(world.bias, rho=0.5))
+    law = make_candidates(contract, CONFIG, 8, 20, world).target_law
+    assert -(law * np.log(law)).sum(1).mean() == pytest.approx(closed_form_entropy(3, 0.5), rel=1e-4)
     assert measures["calibration_gap"] > 5, "it has not learned to speak"
 
 

@@ -1,6 +1,7 @@
 """What compare, study and balance find there: kept if it is what is asked for, gone on with, or refused."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -88,10 +89,20 @@ def test_arms_are_compared_with_the_reference_and_judged_as_it_says_now(
     compared = []
     monkeypatch.setattr(compare, "collect_once", lambda config, directory: directory)
     monkeypatch.setattr(compare, "train_once", lambda config, run_dir: run_dir)
-    monkeypatch.setattr(compare, "evaluate_runs", lambda *arguments: compared.append(arguments))
-    monkeypatch.setattr(compare, "_save_results", lambda run_dirs, workdir: None)
+
+    def judge(run_dirs, settings, report):
+        compared.append((run_dirs, settings))
+        columns = {name: [True] * 7 for name in ("success", "stuck", "conflict")}
+        rows = [{"arm": run_dir.name, "trials": 7} for run_dir in run_dirs]
+        kept = [Results(row["arm"], 3, {}, [row], {"swapped": columns}, {"swapped": "same"}, 1.0) for row in rows]
+        return kept, report
+
+    monkeypatch.setattr(compare, "evaluate_runs", judge)
     compare.run(CompareConfig(COLLECT, arms, reference), tmp_path)
-    ((run_dirs, settings, _),) = compared
+    ((run_dirs, settings),) = compared
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert [(row["arm"], row["trials"]) for row in saved["rows"]] == [(name, 7) for name in order], "what was found now"
+    assert {row["against"] for row in saved["comparisons"]} == {order[0]}
     assert [run_dir.name for run_dir in run_dirs] == order and settings["eval"]["scenes"] == 7
     with pytest.raises(UserError, match="reference names 'other'"):
         CompareConfig(COLLECT, arms, "other")
@@ -161,6 +172,7 @@ def test_a_cell_is_kept_for_its_own_settings_alone(table, tmp_path, monkeypatch)
     arm = table.arms["a"]
     refused("learning_rate was", dataclasses.replace(table, arms={"a": slower(arm)}))
     refused("steps was 3, is 4", dataclasses.replace(table, arms={"a": dataclasses.replace(arm, steps=4)}))
+    refused("init_from was '', is .*grounding/uniqueness-0", dataclasses.replace(table, grounding=arm))
     run_dir = tmp_path / "runs" / cell.name
     contract = Contract.load(run_dir / "contract.json")
     dataclasses.replace(contract, facts={"task": "pick"}).save(run_dir / "contract.json")
@@ -181,7 +193,7 @@ def test_stage_0_goes_on_with_the_demonstrations_that_it_began_with(short, copy,
     monkeypatch.setattr(study, "train_once", lambda config, run_dir: trained.append(config.data.directory) or run_dir)
     monkeypatch.setattr(study, "collect_once", lambda config, directory: directory / f"rho {config.bias.rho}")
     first = tmp_path / "data" / "uniqueness-rho0.1" / "rho 0.1"
-    assert study._ground(config, cell, tmp_path / "another", tmp_path) == str(run_dir)
+    study._ground(config, cell, tmp_path / "another", tmp_path)
     assert trained == [str(first)]
     shutil.rmtree(run_dir)
     study._ground(config, cell, tmp_path / "another", tmp_path)
@@ -193,16 +205,16 @@ def test_stage_0_goes_on_with_the_demonstrations_that_it_began_with(short, copy,
 
 
 def test_seeds_start_from_groundings_of_their_own(short, tmp_path, monkeypatch):
-    grounding = dataclasses.replace(short, seed=5, data=dataclasses.replace(short.data, seed=7))
+    grounding = dataclasses.replace(short, seed=5)
     config = StudyConfig(COLLECT, {"a": short}, grounding=grounding, groundings=2, balance=short, seeds=3)
     trained, balanced = [], []
     monkeypatch.setattr(study, "train_once", lambda config, run_dir: trained.append((config, run_dir.name)) or run_dir)
     monkeypatch.setattr(study, "balance_once", lambda config, place: balanced.append((config, place.name)) or place)
     for cell in config.cells():
-        start = study._ground(config, cell, tmp_path / "data", tmp_path)
-        study._balance(config, cell, tmp_path / "data", start, tmp_path)
+        study._ground(config, cell, tmp_path / "data", tmp_path)
+        study._balance(config, cell, tmp_path / "data", study._start(config, cell, tmp_path), tmp_path)
     numbers = [0, 1, 0]
     assert [name for _, name in trained] == [f"uniqueness-{number}" for number in numbers]
-    assert [(run.seed, run.data.seed) for run, _ in trained] == [(5 + number, 7 + number) for number in numbers]
+    assert [(run.seed, run.questions.seed - short.questions.seed) for run, _ in trained] == [(5, 0), (6, 1), (5, 0)]
     assert [name for _, name in balanced] == [f"uniqueness-rho0.1-{number}" for number in numbers]
     assert [Path(run.init_from).name for run, _ in balanced] == [f"uniqueness-{number}" for number in numbers]

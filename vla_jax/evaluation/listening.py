@@ -85,33 +85,43 @@ class Answers:
 
 
 def measure(
-    policy: nnx.Module, contract: Contract, config: EvalConfig, *, scenes: int = SCENES, exact: bool = False
+    policy: nnx.Module,
+    contract: Contract,
+    config: EvalConfig,
+    world: World | None = None,
+    *,
+    scenes: int = SCENES,
+    exact: bool = False,
 ) -> dict[str, float]:
     """The measures listed at the head of this file, and the standard error over scenes of each as <name>_se.
 
-    The law is that of the demonstrations, the scenes are those of the split in_distribution, and the field is the one
-    by which the policy acts (`config.guidance`).
+    The scenes are those of the split in_distribution, and the field is the one by which the policy acts
+    (`config.guidance`).
 
     Args:
         policy: of this contract.
         config: seed, engine, guidance and sampler steps; the rest is for driving.
+        world: its law is that of the scenes and the instructions; None is the one of the demonstrations.
         scenes: test scenes.
         exact: likelihoods by `flow.density.log_density`, some hundred times the work of the estimate.
 
     Raises:
         UserError: the contract's data were not collected on the simulated table.
     """
-    candidates = make_candidates(contract, config, policy.config.chunk, scenes)
+    candidates = make_candidates(contract, config, policy.config.chunk, scenes, world)
     return summarize(candidates, ask(policy, candidates, config, exact=exact))
 
 
-def make_candidates(contract: Contract, config: EvalConfig, chunk: int, scenes: int = SCENES) -> Candidates:
-    """The first `scenes` scenes of in_distribution, with the expert's first `chunk` actions under each instruction.
+def make_candidates(
+    contract: Contract, config: EvalConfig, chunk: int, scenes: int = SCENES, world: World | None = None
+) -> Candidates:
+    """The first `scenes` scenes of in_distribution, with the expert's first `chunk` actions under each instruction;
+    world: see `measure`.
 
     Raises:
         UserError: the contract's data were not collected on the simulated table.
     """
-    world = World.of(contract, config)
+    world = world or World.of(contract, config)
     task, targets = world.env.task, world.scene.objects
     scene, commands = make_alternatives(task, world.bias, config.seed, scenes, world.scene)
     each = take(scene, np.repeat(np.arange(scenes), targets))

@@ -85,7 +85,13 @@ class TrainConfig:
         self.check_guidance(self.eval.guidance)
 
     def check_guidance(self, guidance: float | tuple[float, ...] | None) -> None:
-        """Raises UserError where a policy so trained is asked for guidance from a branch that never learned to act."""
+        """Raises UserError where a policy so trained is to act by a branch that never learned to."""
+        weight = self.loss.prior_weight if self.loss.demonstrations and self.loss.flow else None
+        if guidance is None and weight == 1:
+            raise UserError(
+                f"the posterior branch never learned to act (arm '{self.arm}' has loss.prior_weight 1): set guidance "
+                "to 0, the prior branch"
+            )
         if guidance is not None and not self.loss.prior_weight:
             raise UserError(
                 "guidance starts from the prior branch, which learns to act with loss.prior_weight above 0 alone "
