@@ -152,6 +152,7 @@ def test_a_setting_without_its_group_gets_the_groups_that_have_it(file):
         ("--resum", "unknown flag '--resum': did you mean '--resume'?"),
         ("--wokdir=x", "unknown flag '--wokdir': did you mean '--workdir'?"),
         ("--workdir", "--workdir needs a value"),
+        ("--workdir=gs://bucket/runs", "is no directory: mount the bucket"),
         ("steps=3", "unexpected argument 'steps=3'"),
         ("--resume=maybe", "must be true or false"),
         ("--config.steps=3.5", "'steps' must be a whole number, not 3.5"),

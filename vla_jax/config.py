@@ -116,6 +116,8 @@ def parse_args(
         if name == "config":
             file = value
         elif name == "workdir":
+            if "://" in value:
+                raise UserError(f"--workdir={value} is no directory: mount the bucket, and give the path where it is")
             workdir = value
         elif name in options:
             values[name] = value

@@ -2,13 +2,16 @@
 
 import copy
 import dataclasses
+import errno
 import itertools
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -346,6 +349,17 @@ def test_nothing_usable_is_an_error(tmp_path):
     path = write_published(tmp_path, "bridge", [[1, 1]])  # of one step, which is dropped
     with pytest.raises(UserError, match="no episode of .* can be used: 2 with no steps"):
         convert(ConvertConfig(str(path), "bridge", faulty="skip"), tmp_path / "out")
+
+
+def test_many_parts_are_many_open_files(converted, monkeypatch):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, hard - 1), hard))
+    directory = converted["bridge"].directory
+    open_dataset(directory)
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == hard
+    monkeypatch.setattr(np, "load", Mock(side_effect=OSError(errno.EMFILE, os.strerror(errno.EMFILE))))
+    with pytest.raises(UserError, match="too many open files .*ulimit -n"):
+        open_dataset(directory)
 
 
 def test_damaged_dataset_is_named(converted, tmp_path):

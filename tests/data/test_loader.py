@@ -287,6 +287,9 @@ def test_the_loader_draws_whole_episodes_by_weight(config, open_loader, dataset_
     other = open_loader(config)
     other.set_state({**loader.get_state(), "batches": 3})
     np.testing.assert_array_equal(next(other)["step"], batches[3]["step"])
+    path.write_text(json.dumps({"fingerprint": dataset.fingerprint, "information": (-information).tolist()}))
+    with pytest.raises(UserError, match="weights was .*, is"):
+        open_loader(config).set_state(loader.get_state())
     with pytest.raises(UserError, match="balance was 2.0, is 1.0"):
         open_loader(dataclasses.replace(config, balance=1.0)).set_state(loader.get_state())
     with pytest.raises(UserError, match="data.balance needs data.weights"):

@@ -119,6 +119,8 @@ def test_programs_of_one_structure_are_stacked():
         ('{"stages": [{"name": "a", "terms": [{"term": "avoid", "keypoint": 0}]}]}', "lacks 'radius'"),
         (program("height", height=True), "height must be a finite number, got True"),
         (program("height", height=float("nan")), "height must be a finite number, got nan"),
+        (program("height", height=10**400), "height must be a finite number, got 1000"),
+        ('{"stages": ' + 100_000 * "[", "not JSON"),
         (program("distance", weight=0), "weight must be above 0"),
         (program("distance", tail=1.5), r"tail must be in \(0, 1\]"),
         (program("distance", offset=[1, 2]), "offset must be three numbers"),

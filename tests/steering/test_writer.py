@@ -38,6 +38,8 @@ def test_a_stored_program_is_read_and_checked(tmp_path):
 def test_programs_are_found_among_words():
     assert find_json(f"Here it is:\n```json\n{PROGRAM}\n```\nGood luck {{}}!") == PROGRAM
     assert find_json('{oops {"a": 1}') == '{"a": 1}'
+    with pytest.raises(UserError, match="no JSON"):
+        find_json('{"stages": ' + 100_000 * "[")
 
 
 def test_the_question_tells_all_that_is_needed():

@@ -182,6 +182,15 @@ def test_a_policy_of_another_contract_is_refused(world, settings, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_goes_on_with_its_own_policy(finished, settings, tmp_path, monkeypatch):
+    run_dir = shutil.copytree(finished, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    for name in ("pushes", "broken"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match="policy was 'pushes', is 'broken'"):
+        improve(dataclasses.replace(settings, policy="broken"), run_dir, resume=True)
+
+
 def test_a_used_directory_is_not_overwritten(finished, settings):
     with pytest.raises(UserError, match="is not empty: add --resume"):
         improve(settings, finished)

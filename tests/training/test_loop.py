@@ -185,25 +185,26 @@ def test_validation_and_evaluation_come_in_order_and_are_logged(tmp_path):
     assert any((tmp_path / "run" / "tensorboard").iterdir())
 
 
+class Stopping:
+    """Sends the signal while the third batch is waited for."""
+
+    def __init__(self, data, number=signal.SIGTERM):
+        self.data, self.number, self.taken = data, number, 0
+
+    def __next__(self):
+        self.taken += 1
+        if self.taken == 3:
+            os.kill(os.getpid(), self.number)
+        return next(self.data)
+
+    def get_state(self):
+        return self.data.get_state()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_is_saved_and_says_how_to_go_on(tmp_path, number):
-    class Stopping:
-        """Sends the signal while the third batch is waited for."""
-
-        def __init__(self, data):
-            self.data, self.taken = data, 0
-
-        def __next__(self):
-            self.taken += 1
-            if self.taken == 3:
-                os.kill(os.getpid(), number)
-            return next(self.data)
-
-        def get_state(self):
-            return self.data.get_state()
-
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    loop = make_loop(tmp_path / "run", data=Stopping(make_data()), resume_command="train --resume")
+    loop = make_loop(tmp_path / "run", data=Stopping(make_data(), number), resume_command="train --resume")
     with pytest.raises(Stopped, match="saved step 3 of 10; go on with: train --resume"):
         loop.run()
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
@@ -222,7 +223,17 @@ def test_no_process_begins_what_needs_all_when_one_is_asked_to_stop(tmp_path, mo
     hooks = dict(evaluate=lambda *_: begun.append("evaluation"), validate=lambda _: begun.append("validation"))
     with pytest.raises(Stopped, match="saved step 5 of 10"):
         make_loop(tmp_path / "run", **hooks, validate_every=5, eval_every=5).run()
-    assert begun == [] and answers == [False] * 5 + [True, True]
+    assert begun == [] and answers == [False] * 5 + [True]
+
+
+def test_several_processes_ask_each_other_every_few_steps(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("vla_jax.training.loop.any_process", lambda flag: asked.append(flag) or flag)
+    loop = make_loop(tmp_path / "run", data=Stopping(make_data()))  # asked to stop during the third step
+    loop._stop_every = 4
+    with pytest.raises(Stopped, match="saved step 4 of 10"):
+        loop.run()
+    assert asked == [False, True]
 
 
 def test_a_stop_that_comes_while_the_processes_talk_is_not_forgotten(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from vla_jax.data.loader import make_loader, members
 from vla_jax.errors import UserError
 from vla_jax.losses.llr import initial_gate
 from vla_jax.losses.objective import objective
+from vla_jax.training import trainer
 from vla_jax.training.checkpoints import Checkpoints, has_begun, load_policy, policy_facts
 from vla_jax.training.metrics import metric_lines
 from vla_jax.training.trainer import train
@@ -249,6 +250,22 @@ def test_mistakes_are_found_before_anything_is_written(config, tmp_path):
     with pytest.raises(UserError, match="nobody taught this one: .* init_from=RUN"):
         train(dataclasses.replace(config, policy=dataclasses.replace(config.policy, reasoning=1)), target)
     assert not target.exists()
+
+
+def test_machines_have_to_share_the_run_directory(config, copy, tmp_path, monkeypatch):
+    """As one of two processes, of which the other has what this one lacks."""
+    monkeypatch.setattr(trainer, "any_process", lambda flag: True)
+    with pytest.raises(UserError, match="some processes see checkpoints in .*machines share"):
+        train(config, copy, resume=True)
+    monkeypatch.setattr(trainer, "any_process", lambda flag: flag)
+    monkeypatch.setattr(trainer, "_write_run_files", lambda *arguments: None)
+    with pytest.raises(UserError, match="not every process sees the files .*machines share"):
+        train(config, tmp_path / "mine")
+
+
+def test_a_chunk_has_as_many_actions_as_are_executed(config):
+    with pytest.raises(UserError, match="eval.execute is 9, of chunks of"):
+        dataclasses.replace(config, eval_every=1, eval=dataclasses.replace(config.eval, execute=9))
 
 
 def wait_for_step(run_dir, step: int, process, since: float = 0.0) -> None:

@@ -37,7 +37,7 @@ class ConvertConfig:
         split: of an RLDS dataset.
         faulty: whether an episode that cannot be used stops the conversion, or is left out and counted.
         max_episodes: stop after so many of the source; 0 takes all.
-        part_mb: pictures in a part, in MiB. An interruption costs at most one part; each part is an open file.
+        part_mb: pictures in a part, in MiB. An interruption costs at most one part; each part is three open files.
     """
 
     source: str

@@ -310,10 +310,12 @@ def make_loader(
         raise UserError(f"data.batch_size {config.batch_size} cannot be divided among {process_count} processes")
     dataset = open_data(config, contract)
     reader = BatchReader(dataset, contract, config, views)
+    drawn_by = {}
     if config.balance and not config.weights:
         raise UserError("data.balance needs data.weights: the file that python -m experiments.balance writes")
     if config.balance:
         weights = episode_weights(config.weights, config.balance, dataset)[reader.episodes]
+        drawn_by = {"weights": hashlib.sha256(weights.tobytes()).hexdigest()[:12]}
         steps = drawn_by_weight(np.repeat(weights, dataset.lengths[reader.episodes]), config.seed)
     elif isinstance(dataset, MixedDataset):
         member = np.searchsorted(dataset.first, reader.episodes, side="right") - 1
@@ -325,7 +327,7 @@ def make_loader(
         lambda rows: reader(rows[process_index::process_count])
     )
     stream = {name: getattr(config, name) for name in ("batch_size", "seed", "split", "held_out_fraction", "balance")}
-    return Loader(batches, config, {"dataset": dataset.fingerprint, **stream})
+    return Loader(batches, config, {"dataset": dataset.fingerprint, **stream, **drawn_by})
 
 
 def data_contract(config: DataConfig) -> Contract:

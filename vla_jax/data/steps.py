@@ -14,6 +14,7 @@ A part is written whole or not at all, so an interrupted conversion goes on behi
 """
 
 import bisect
+import contextlib
 import hashlib
 import json
 import shutil
@@ -36,6 +37,24 @@ PICTURES = "pictures.array_record"
 WRITER_OPTIONS = "group_size:1,uncompressed"  # one record a read; pictures are compressed already
 
 
+def _allow_open_files() -> None:
+    """A part is three open files, and a dataset of thousands of hours a thousand parts: takes all that the system gives
+    without asking, where systems have such a limit."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _check_open_files(error: Exception) -> None:
+    """Raises UserError where this is the system's limit and no damage."""
+    if "Too many open files" in str(error):
+        raise UserError(
+            f"too many open files ({error}): raise the hard limit of `ulimit -n`, or convert with a larger part_mb"
+        ) from error
+
+
 class _Column(Sequence):
     """The encoded pictures of one view of an episode, read when they are asked for."""
 
@@ -51,6 +70,7 @@ class _Column(Sequence):
         try:
             return self._records[self._first + step * self._stride]
         except RuntimeError as error:  # ArrayRecord reports damage in no narrower way
+            _check_open_files(error)
             raise UserError(f"this part of the dataset is damaged, convert or copy it again ({error})") from error
 
 
@@ -84,6 +104,7 @@ class StepDataset:
         self._open()
 
     def _open(self):
+        _allow_open_files()
         try:
             self._records = [ArrayRecordDataSource([str(part / PICTURES)]) for part in self._parts]
             self._actions, self._states = (
@@ -91,6 +112,7 @@ class StepDataset:
                 for name in ("actions.npy", "state.npy")
             )
         except (OSError, ValueError, RuntimeError) as error:
+            _check_open_files(error)
             raise UserError(f"a part of {self.directory} is damaged: convert or copy it again ({error})") from error
         for index, part in enumerate(self._parts):
             steps = int(self.lengths[self._first[index] : self._first[index + 1]].sum())

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -87,7 +86,7 @@ def parse(text: str, labels: Sequence[str]) -> Program:
     """
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"the reward program is not JSON ({error}): {_shorten(text)}") from error
     _check_keys(value, {"stages"}, {"stages"}, "the reward program")
     stages = value["stages"]
@@ -168,8 +167,8 @@ def _keypoint(value: Any, where: str, labels: Sequence[str]) -> np.ndarray:
 
 
 def _number(value: Any, where: str, labels=()) -> np.float32:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{where} must be a finite number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
+        raise UserError(f"{where} must be a finite number, got {repr(value)[:40]}")
     return np.float32(value)
 
 
@@ -205,6 +204,7 @@ def _axes(value: Any, where: str, labels=()) -> Float[np.ndarray, " 3"]:
     return vector
 
 
+LARGEST = float(np.finfo(np.float32).max)
 FIELDS = {
     "keypoint": _keypoint,
     "number": _number,

@@ -194,7 +194,7 @@ def find_json(reply: str) -> str:
         try:
             _, end = decoder.raw_decode(reply, start)
             return reply[start:end]
-        except ValueError:
+        except (ValueError, RecursionError):  # brackets in brackets in brackets
             start = reply.find("{", start + 1)
     shown = " ".join(reply.split())[:80]
     raise UserError(f"the model replied with prose and no JSON: {shown!r}")

@@ -40,10 +40,10 @@ from vla_jax.training.checkpoints import Checkpoints, has_begun, load_actor, new
 from vla_jax.training.loop import BAR, Stopped
 from vla_jax.training.metrics import MetricsWriter, Stopwatch, disk_space
 from vla_jax.training.signals import StopRequest
-from vla_jax.training.trainer import command_to_resume, provenance
+from vla_jax.training.trainer import command_to_resume, may_be_one_run, provenance
 
 ARMS = ("sac", "na", "search", "fixed", "cloning")
-FREE_ON_RESUME = ("policy", "seeds", "steps", "eval_every", "checkpoint_every", "eval.videos", "eval.batch")
+FREE_ON_RESUME = ("seeds", "steps", "eval_every", "checkpoint_every", "eval.videos", "eval.batch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -372,6 +372,8 @@ def _check_run_dir(run_dir: Path, config: ImproveConfig, contract: Contract, res
     changed = diff(begun, config)
     if begun.policy_step is None:
         changed.pop("policy_step", None)
+    if may_be_one_run(*changed.get("policy", ("", ""))):
+        del changed["policy"]
     changed = {key: pair for key, pair in changed.items() if key not in FREE_ON_RESUME}
     if changed:
         listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())

@@ -34,6 +34,7 @@ from vla_jax.training.state import TrainState
 from vla_jax.training.train_config import TrainConfig
 
 Batch = dict[str, Any]
+STOP_EVERY = 8  # steps after which several processes ask each other, as the answer waits until the devices are idle
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
@@ -91,7 +92,8 @@ class Loop:
         self._meta, self._evaluated, self._resume_command = meta or {}, evaluated, resume_command
         self._pending: tuple[int, Batch, dict] | None = None
         self._means, self._watch = Means(), Stopwatch()
-        self._stop, self._evaluation_seconds = StopRequest(), 0.0
+        self._stop, self._agreed, self._evaluation_seconds = StopRequest(), False, 0.0
+        self._stop_every = STOP_EVERY if jax.process_count() > 1 else 1
         self._compiled = False  # the first call of step_fn says nothing of the pace
 
     def run(self) -> TrainState:
@@ -107,7 +109,7 @@ class Loop:
         with self._stop, bar:
             if 0 < self.step and self._due(self.config.eval_every):
                 self._run_evaluation(bar)  # the run was stopped while this evaluation was going on
-            while self.step < steps and not self._stopping():
+            while self.step < steps and not self._stopping(self.step % self._stop_every == 0):
                 self._take_step()
                 bar.update()
                 self._between_steps(bar)
@@ -117,12 +119,12 @@ class Loop:
                 raise Stopped(f"saved step {self.step} of {steps}{hint}", self._stop.status)
         return self.state
 
-    def _stopping(self) -> bool:
+    def _stopping(self, ask: bool = True) -> bool:
         """Whether to stop: all processes of a run, as soon as one is asked to; they have to ask this together."""
-        if any_process(self._stop.requested):  # what is asked of this process meanwhile, it says the next time
-            self._stop.requested = True
-            return True
-        return False
+        if ask and not self._agreed:  # what is asked of this process meanwhile, it says the next time
+            self._agreed = any_process(self._stop.requested)
+            self._stop.requested |= self._agreed
+        return self._agreed
 
     def _take_step(self) -> None:
         with self._watch.phase("data"):

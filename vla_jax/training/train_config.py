@@ -82,6 +82,8 @@ class TrainConfig:
 
         if self.accumulate > 1 and self.loss.gate:
             raise UserError("loss.gate weighs samples by a mean over their batch: it needs accumulate = 1")
+        if self.eval_every and self.eval.execute > self.policy.chunk:
+            raise UserError(f"eval.execute is {self.eval.execute}, of chunks of {self.policy.chunk} (policy.chunk)")
         self.check_guidance(self.eval.guidance)
 
     def check_guidance(self, guidance: float | tuple[float, ...] | None) -> None:

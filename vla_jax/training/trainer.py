@@ -30,7 +30,7 @@ from vla_jax.evaluation.results import save_results
 from vla_jax.files import write_atomically
 from vla_jax.models.policy import LANGUAGE_MODEL
 from vla_jax.nn.placement import put
-from vla_jax.platform import is_first, wait_for_all
+from vla_jax.platform import any_process, is_first, wait_for_all
 from vla_jax.pretrained.backbone import load_backbone, policy_on, tokenizer_of
 from vla_jax.training.checkpoints import Checkpoints, contract_id, has_begun, load_config, load_policy, policy_facts
 from vla_jax.training.loop import Loop, first, mean_losses
@@ -40,6 +40,7 @@ from vla_jax.training.program import Program, make_program
 from vla_jax.training.state import FlatArrays, TrainState, flatten, trained_module
 from vla_jax.training.train_config import TrainConfig, must_match_on_resume
 
+SHARED = "give a --workdir on a file system that all machines share (NFS, a mounted bucket)"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "mujoco")
 
 
@@ -63,7 +64,10 @@ def train(config: TrainConfig, workdir: str | Path, resume: bool = False, resume
     _check_run_dir(run_dir, config, contract, resume)
     program = make_program(config, policy_facts(contract, config.policy.views), mesh)
     data = _make_data(config, contract, "train")
-    going_on = resume and Checkpoints.exist(run_dir)
+    begun = Checkpoints.exist(run_dir)
+    if any_process(begun) and any_process(not begun):
+        raise UserError(f"some processes see checkpoints in {run_dir} and others do not: {SHARED}")
+    going_on = resume and begun
     state = program.shapes if going_on else _first_state(program, config, contract, mesh)
     validate = _validation(config, contract, program, mesh)
     evaluate = _evaluation(config, contract, program, run_dir)
@@ -74,6 +78,8 @@ def train(config: TrainConfig, workdir: str | Path, resume: bool = False, resume
             run_dir.mkdir(parents=True, exist_ok=True)
             _write_run_files(run_dir, config, contract)
     wait_for_all("written")
+    if any_process(not (run_dir / "contract.json").is_file()):
+        raise UserError(f"not every process sees the files that the first one wrote to {run_dir}: {SHARED}")
     checkpoints = Checkpoints(run_dir, config.keep_checkpoints, write=True)
     state, meta = _restore(checkpoints, state, data) if going_on else (state, {})
     if resume:
@@ -154,14 +160,14 @@ def _check_run_dir(run_dir: Path, config: TrainConfig, contract: Contract, resum
 def check_settings(run_dir: Path, config: TrainConfig) -> None:
     """Raises UserError where the run there has other settings, of those that have to stay (`must_match_on_resume`)."""
     changed = {key: pair for key, pair in diff(load_config(run_dir), config).items() if must_match_on_resume(key)}
-    if _may_be_one_run(*changed.get("init_from", ("", ""))):
+    if may_be_one_run(*changed.get("init_from", ("", ""))):
         del changed["init_from"]
     if changed:
         listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
         raise UserError(f"{run_dir} is a run with other settings: {listed}. Choose another --workdir for a new run")
 
 
-def _may_be_one_run(old: str, new: str) -> bool:
+def may_be_one_run(old: str, new: str) -> bool:
     """Whether two paths can be of one run: they lead to one place, or what was at the old one has moved."""
     return bool(old and new) and (not Path(old).exists() or Path(old).resolve() == Path(new).resolve())
 
