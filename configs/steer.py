@@ -55,8 +55,8 @@ KINDS = ("composed", "pointing", "picking")
 
 def get_config(kind: str = "") -> ConfigDict:
     """Settings of experiments.steer. kind: "composed" chains prior/posterior extrapolation and real-time chunking
-    before the steering, for policies with latent queries; "pointing" is what `--pointer=RUN` is for; "picking" is for
-    policies of the task "pick", with or without it."""
+    before the steering, for policies trained with loss.prior_weight above 0; "pointing" is what `--pointer=RUN` is
+    for; "picking" is for policies of the task "pick", with or without it."""
     config = ConfigDict({"writer": {"kind": "stored", "path": "configs/steering/reach.json"}, "study": {"steer": {}}})
     if kind not in ("", *KINDS):
         raise UserError(f"unknown kind '{kind}'{nearest(kind, list(KINDS))}")

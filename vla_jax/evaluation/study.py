@@ -211,7 +211,7 @@ def _listening(results: Sequence[CellResult]) -> list[str]:
             cells = [_spread(have["identification"], 100, 1)]
             names = ("pmi", "target_entropy", "calibration_gap", "sensitivity", "heeding")
             cells += [_spread(have[name]) if name in have else "–" for name in names]
-            lines.append(f"| {arm} | {rho:g} | {have['pmi']['seeds']} | {' | '.join(cells)} |")
+            lines.append(f"| {arm} | {rho:g} | {have['identification']['seeds']} | {' | '.join(cells)} |")
         blocks.append("\n".join(lines))
     note = (
         "Mean ± standard deviation over seeds; PMI, what it could be at most (of) and calibration gap in nats. "

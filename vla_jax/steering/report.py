@@ -1,4 +1,4 @@
-"""What the steering arms did, as rows and as a table: rates with Wilson intervals, differences on the same scenes."""
+"""What the steering arms did, as rows and as a table: rates with intervals, differences on the same scenes."""
 
 from __future__ import annotations
 
@@ -47,9 +47,13 @@ def _success(run: dict[str, Any]) -> Bool[np.ndarray, " B"]:
 
 
 def _rate(runs, others, judge: Callable[[dict[str, Any]], Bool[np.ndarray, " B"]]) -> dict[str, Any]:
-    """How often an arm succeeds as judged, with Wilson's interval, and how much more often than other arms."""
+    """How often an arm succeeds as judged, and how much more often than other arms. The interval is Wilson's for one
+    policy, and a bootstrap over policies and scenes for several, which differ by more than their scenes do."""
     success = np.array([judge(run) for run in runs.values()])
     low, high = wilson(int(success.sum()), success.size)
+    if len(runs) > 1:
+        found = compare_seeds(np.zeros_like(success), success)
+        low, high = found.low, found.high
     against = {}
     for name, other in others.items():
         if set(other) == set(runs):
