@@ -47,13 +47,13 @@ def _success(run: dict[str, Any]) -> Bool[np.ndarray, " B"]:
 
 
 def _rate(runs, others, judge: Callable[[dict[str, Any]], Bool[np.ndarray, " B"]]) -> dict[str, Any]:
-    """How often an arm succeeds as judged, and how much more often than other arms. The interval is Wilson's for one
-    policy, and a bootstrap over policies and scenes for several, which differ by more than their scenes do."""
+    """How often an arm succeeds as judged, and how much more often than other arms. The interval is Wilson's, over
+    scenes; for several policies it also holds that of a bootstrap over policies and scenes."""
     success = np.array([judge(run) for run in runs.values()])
     low, high = wilson(int(success.sum()), success.size)
     if len(runs) > 1:
         found = compare_seeds(np.zeros_like(success), success)
-        low, high = found.low, found.high
+        low, high = min(low, found.low), max(high, found.high)
     against = {}
     for name, other in others.items():
         if set(other) == set(runs):
