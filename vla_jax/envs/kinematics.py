@@ -45,7 +45,8 @@ def yaw_of(rotation: Float[Array, "*B 3 3"]) -> Float[Array, "*B"]:
     return jnp.arctan2(rotation[..., 1, 0], rotation[..., 0, 0])
 
 
-def _constant_rotation(quaternion: np.ndarray) -> np.ndarray:
+def constant_rotation(quaternion: np.ndarray) -> Float[np.ndarray, "3 3"]:
+    """The matrix of a unit quaternion (w, x, y, z), on the host."""
     matrix = np.zeros(9)
     mujoco.mju_quat2Mat(matrix, np.asarray(quaternion, np.float64))
     return matrix.reshape(3, 3).astype(np.float32)
@@ -96,7 +97,7 @@ class Kinematics:
             at = int(model.jnt_qposadr[joints[0]])
             return qpos[..., at : at + 3], quaternion_matrix(qpos[..., at + 3 : at + 7])
         position = position + rotation @ model.body_pos[body].astype(np.float32)
-        rotation = rotation @ _constant_rotation(model.body_quat[body])
+        rotation = rotation @ constant_rotation(model.body_quat[body])
         for index in joints:
             axis, value = model.jnt_axis[index].astype(np.float32), qpos[..., int(model.jnt_qposadr[index])]
             if model.jnt_type[index] == SLIDE:
@@ -118,14 +119,14 @@ class Kinematics:
     def _site(self, frames):
         position, rotation = frames[int(self._model.site_bodyid[self._tcp])]
         offset = self._model.site_pos[self._tcp].astype(np.float32)
-        return position + rotation @ offset, rotation @ _constant_rotation(self._model.site_quat[self._tcp])
+        return position + rotation @ offset, rotation @ constant_rotation(self._model.site_quat[self._tcp])
 
     def bodies(self, qpos: Float[Array, "*B nq"], zone_position: Float[Array, "*B Z 2"]) -> Bodies:
         """Poses of all geoms, of the tcp and of the objects."""
         model = self._model
         frames = self._frames(range(model.nbody), qpos, zone_position)
         geom_body = [frames[int(body)] for body in model.geom_bodyid]
-        geom_rotation = [rotation @ _constant_rotation(model.geom_quat[g]) for g, (_, rotation) in enumerate(geom_body)]
+        geom_rotation = [rotation @ constant_rotation(model.geom_quat[g]) for g, (_, rotation) in enumerate(geom_body)]
         geom_position = [
             position + rotation @ model.geom_pos[g].astype(np.float32)
             for g, (position, rotation) in enumerate(geom_body)
@@ -168,7 +169,7 @@ class Kinematics:
         total = jnp.asarray(np.diag(model.dof_armature[: len(self._arm)]).astype(np.float32))
         for link, (position, rotation) in zip(links, chain.frames, strict=True):
             mass = model.body_subtreemass[link] if link == links[-1] else model.body_mass[link]
-            principal = rotation @ _constant_rotation(model.body_iquat[link])
+            principal = rotation @ constant_rotation(model.body_iquat[link])
             inertia = (principal * model.body_inertia[link].astype(np.float32)) @ jnp.swapaxes(principal, -1, -2)
             centre = (position + rotation @ model.body_ipos[link].astype(np.float32))[..., None, :]
             moves = (model.jnt_bodyid[self._arm] <= link)[:, None]

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, UInt8
 
 from vla_jax.envs.camera import Camera, Geoms, Light, Picture, render_batch
+from vla_jax.envs.kinematics import constant_rotation
 from vla_jax.envs.physics import Bodies
 from vla_jax.envs.scene import COLORS, NUM_BACKGROUNDS, NUM_SLOTS, NUM_ZONES, VIEWS, Scene
 
@@ -99,11 +100,14 @@ def cameras_of(model: mujoco.MjModel, bodies: Bodies, scene: Scene) -> Camera:
     front, wrist = (model.camera(name) for name in VIEWS)
     hand, batch = model.geom("hand"), scene.background.shape
     # From the geom that the hand body carries back to the body's own frame.
-    turn = _matmul(bodies.geom_rotation[..., hand.id, :, :], _matrix(hand.quat).T)
+    turn = _matmul(bodies.geom_rotation[..., hand.id, :, :], constant_rotation(hand.quat).T)
     origin = bodies.geom_position[..., hand.id, :] - _turn(turn, hand.pos)
     shift = scene.camera_shift
     positions = (front.pos + shift[..., 0, :], origin + _turn(turn, wrist.pos + shift[..., 1, :]))
-    rotations = (jnp.broadcast_to(_matrix(front.quat), (*batch, 3, 3)), _matmul(turn, _matrix(wrist.quat)))
+    rotations = (
+        jnp.broadcast_to(constant_rotation(front.quat), (*batch, 3, 3)),
+        _matmul(turn, constant_rotation(wrist.quat)),
+    )
     return Camera(
         position=jnp.stack(positions, -2).astype(jnp.float32),
         rotation=jnp.stack(rotations, -3).astype(jnp.float32),
@@ -148,12 +152,6 @@ def observe_images(
 
 def _matmul(a, b):
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)  # accelerators round the inputs otherwise
-
-
-def _matrix(quaternion) -> np.ndarray:
-    matrix = np.zeros(9)
-    mujoco.mju_quat2Mat(matrix, quaternion)
-    return matrix.reshape(3, 3).astype(np.float32)
 
 
 def _turn(rotation, vectors):
