@@ -123,7 +123,8 @@ class Loop:
         """Whether to stop: all processes of a run, as soon as one is asked to; they have to ask this together."""
         if ask and not self._agreed:  # what is asked of this process meanwhile, it says the next time
             self._agreed = any_process(self._stop.requested)
-            self._stop.requested |= self._agreed
+            if self._agreed:
+                self._stop.requested = True
         return self._agreed
 
     def _take_step(self) -> None:
